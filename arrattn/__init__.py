@@ -1,0 +1,29 @@
+"""
+Efficient attention for any array.
+
+Attention algorithms written once against the Python array API standard: whatever kind of
+array goes in, the same kind comes out. Four families: dense, local, sparse and linear.
+"""
+
+from arrattn import feature_maps, patterns, reference
+from arrattn._state import LinearState
+from arrattn.dense import attention
+from arrattn.linear import linear_attention
+from arrattn.local import local_attention
+from arrattn.merge import merge
+from arrattn.sparse import sparse_attention
+
+__all__ = [
+    "LinearState",
+    "__version__",
+    "attention",
+    "feature_maps",
+    "linear_attention",
+    "local_attention",
+    "merge",
+    "patterns",
+    "reference",
+    "sparse_attention",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The parts behind the public functions; nothing here is public."""

@@ -1,0 +1,718 @@
+"""
+The one door: what came in, checked once, in the shapes that the engines work on.
+
+Every complaint about arguments is written here (patterns check themselves when made).
+All reasons that hold are raised together, with the shapes of q, k and v.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import array_api_compat as compat
+import numpy as np
+
+from arrattn import patterns
+from arrattn._core import loops
+from arrattn._core.typing import Array, Device, DType, Namespace
+from arrattn._state import LinearState
+from arrattn.feature_maps import read_map
+from arrattn.patterns import Pattern
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+class SoftmaxInputs(NamedTuple):
+    """
+    The operands of the softmax family, query heads grouped by the key head that they read.
+
+    `offset` is an int or an integer array that broadcasts to the scores' axes.
+    """
+
+    xp: Namespace
+    device: Device
+    q: Array  # (..., Hkv, G, Nq, D)
+    k: Array  # (..., Hkv, Nk, D)
+    v: Array  # (..., Hkv, Nk, Dv)
+    bias: Array | None  # (..., Hkv | 1, G | 1, Nq | 1, Nk | 1)
+    sinks: Array | None  # (Hkv, G, 1, 1), accumulation dtype
+    pattern: Pattern | None
+    offset: int | Array
+    scale: float
+    softcap: float | None
+    batch: tuple[int, ...]
+    acc: DType
+    no_head: bool
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Number of queries and of keys."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Key heads, and query heads for each of them."""
+        return self.q.shape[-4], self.q.shape[-3]
+
+    def ungroup(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """``(..., Hkv, G, Nq, Dv)`` and ``(..., Hkv, G, Nq)`` in the caller's shapes."""
+        xp, (nq, _) = self.xp, self.lengths
+        heads = () if self.no_head else (math.prod(self.heads),)
+        out = xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
+        return xp.astype(out, self.q.dtype, copy=False), xp.reshape(lse, (*self.batch, *heads, nq))
+
+
+class LinearInputs(NamedTuple):
+    """
+    The operands of the linear family, grouped as in `SoftmaxInputs`.
+
+    `key_mask` joins the caller's mask and lengths; `lengths` stays beside it because it moves
+    the queries' positions.
+    """
+
+    xp: Namespace
+    device: Device
+    q: Array  # (..., Hkv, G, Nq, D)
+    k: Array  # (..., Hkv, Nk, D)
+    v: Array  # (..., Hkv, Nk, Dv)
+    key_mask: Array | None  # bool, (..., Hkv | 1, Nk), True = visible
+    kv_lengths: int | Array | None  # int or (...)
+    q_ids: Array | None  # (..., Nq)
+    k_ids: Array | None  # (..., Nk)
+    state: LinearState | None
+    scale: float
+    batch: tuple[int, ...]
+    acc: DType
+    no_head: bool
+
+    def ungroup(self, out: Array) -> Array:
+        """``(..., Hkv, G, Nq, Dv)`` in the caller's shape and dtype."""
+        hkv, g, nq, _ = self.q.shape[-4:]
+        heads = () if self.no_head else (hkv * g,)
+        out = self.xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
+        return self.xp.astype(out, self.q.dtype, copy=False)
+
+
+class Choice(NamedTuple):
+    """
+    What sparse attention chooses; sizes cut to what the keys hold.
+
+    `route` counts blocks to search beside the own one; `exhaustive` means that this is all.
+    """
+
+    block: int
+    top_k: int
+    route: int
+    exhaustive: bool
+
+
+class Reasons:
+    """Complaints, collected so that they can be raised together."""
+
+    def __init__(self, function: str) -> None:
+        self.function = function
+        self.found: list[tuple[type[Exception], str]] = []
+        self.shapes = ""
+
+    def add(self, kind: type[Exception], text: str) -> None:
+        """Note one complaint."""
+        self.found.append((kind, text))
+
+    def values(self, texts: list[str]) -> None:
+        """Note several complaints about shapes and ranges."""
+        self.found += [(ValueError, text) for text in texts]
+
+    def check(self) -> None:
+        """Raise all that was found: TypeError if any is one."""
+        if not self.found:
+            return
+        kind = TypeError if any(k is TypeError for k, _ in self.found) else ValueError
+        lines = [f"{self.function}: " + "; ".join(text for _, text in self.found)]
+        if self.shapes:
+            lines.append(f"got {self.shapes}")
+            lines.append(
+                "hint: shapes are q (..., Hq, Nq, D), k (..., Hkv, Nk, D), v (..., Hkv, Nk, Dv), "
+                "with Hq a multiple of Hkv; heads come before positions"
+            )
+        raise kind("\n".join(lines))
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` is an array of some library that follows the standard."""
+    return bool(compat.is_array_api_obj(x)) and not isinstance(x, np.generic)
+
+
+def dtype_name(dtype: DType) -> str:
+    """The dtype's name without its library: "float32"."""
+    return str(dtype).rpartition(".")[2]
+
+
+def describe(x: object) -> str:
+    """What came, for an error message."""
+    if is_array(x):
+        return f"an array of {dtype_name(x.dtype)}, shape {tuple(x.shape)}"  # type: ignore[attr-defined]
+    return f"{x!r} ({type(x).__name__})"
+
+
+# -- One namespace, one device ----------------------------------------------------------------
+
+
+def read_namespace(
+    named: dict[str, Any], reasons: Reasons
+) -> tuple[Namespace, Device]:
+    """The one library and device of the arrays; raises if there are several or none."""
+    for name in ("q", "k", "v"):
+        if not is_array(named[name]):
+            reasons.add(TypeError, f"{name}: expected an array, got {describe(named[name])}")
+        elif named[name].ndim < 2:
+            reasons.add(
+                ValueError,
+                f"{name}: expected at least 2 axes (positions, width), "
+                f"got shape {tuple(named[name].shape)}",
+            )
+    reasons.check()
+    reasons.shapes = ", ".join(
+        f"{n} {tuple(named[n].shape)} {dtype_name(named[n].dtype)}" for n in ("q", "k", "v")
+    )
+    xp = compat.array_namespace(named["q"])
+    arrays = {n: x for n, x in named.items() if is_array(x)}
+    for name, x in arrays.items():
+        other = compat.array_namespace(x)
+        if other is not xp:
+            reasons.add(
+                TypeError,
+                f"{name}: expected an array of the same library as q ({_library(xp)}), "
+                f"got one of {_library(other)}; convert it first, nothing is converted silently",
+            )
+    reasons.check()
+    device = loops.device_of(named["q"])
+    for name, x in arrays.items():
+        if device is not None and loops.device_of(x) not in (None, device):
+            reasons.add(
+                TypeError,
+                f"{name}: expected an array on the device of q ({device}), "
+                f"got one on {loops.device_of(x)}",
+            )
+    reasons.check()
+    return xp, device
+
+
+def _library(xp: Namespace) -> str:
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+# -- q, k and v -------------------------------------------------------------------------------
+
+
+def read_qkv(
+    q: Array, k: Array, v: Array, xp: Namespace, reasons: Reasons
+) -> tuple[Array, Array, Array, tuple[int, ...], bool]:
+    """Check dtypes and shapes; group query heads; give the common batch axes."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if dtype_name(x.dtype) not in FLOATS:
+            reasons.add(
+                TypeError,
+                f"{name}: expected one of {', '.join(FLOATS)}, got {dtype_name(x.dtype)}",
+            )
+        elif x.dtype != q.dtype:
+            reasons.add(
+                TypeError,
+                f"{name}: expected the dtype of q ({dtype_name(q.dtype)}), "
+                f"got {dtype_name(x.dtype)}",
+            )
+        if any(not isinstance(n, Integral) for n in x.shape):
+            reasons.add(ValueError, f"{name}: expected known lengths, got shape {x.shape}")
+    reasons.check()
+    no_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (x[None, ...] if x.ndim == 2 else x for x in (q, k, v))
+    (hq, _, d), (hk, nk, dk), (hv, nv, _) = q.shape[-3:], k.shape[-3:], v.shape[-3:]
+    if d != dk:
+        reasons.add(ValueError, f"k: expected the width D of q ({d}), got {dk}")
+    if nk != nv:
+        reasons.add(ValueError, f"v: expected the length Nk of k ({nk}), got {nv}")
+    if hk != hv:
+        reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}), got {hv}")
+    if hq != hk and (hk == 0 or hq % hk):
+        reasons.add(
+            ValueError, f"q: expected heads Hq a multiple of Hkv ({hk}), got {hq}"
+        )
+    batch: tuple[int, ...] = ()
+    try:
+        batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except ValueError:
+        reasons.add(ValueError, "q, k, v: leading (batch) axes do not broadcast together")
+    reasons.check()
+    g = hq // hk if hk else 1
+    q = xp.reshape(q, (*q.shape[:-3], hk, g, *q.shape[-2:]))
+    return q, k, v, batch, no_head
+
+
+def accumulation_dtype(x: Array, xp: Namespace) -> DType:
+    """At least float32: the dtype of scores, normalisers and sums."""
+    return xp.float64 if dtype_name(x.dtype) == "float64" else xp.float32
+
+
+# -- The other arguments ----------------------------------------------------------------------
+
+
+def read_number(name: str, x: object, reasons: Reasons, *, positive: bool) -> float:
+    """A finite real number."""
+    if isinstance(x, bool) or not isinstance(x, Real):
+        reasons.add(TypeError, f"{name}: expected a real number, got {describe(x)}")
+        return 1.0
+    value = float(x)
+    if not math.isfinite(value) or (positive and value <= 0):
+        kind = "positive, finite" if positive else "finite"
+        reasons.add(ValueError, f"{name}: expected a {kind} number, got {value}")
+    return value
+
+
+def read_flag(name: str, x: object, reasons: Reasons) -> bool:
+    """True or False, and nothing that merely looks so."""
+    if not isinstance(x, bool | np.bool_):
+        reasons.add(TypeError, f"{name}: expected True or False, got {describe(x)}")
+    return bool(x) if not is_array(x) else False
+
+
+def read_count(name: str, x: object, reasons: Reasons, *, low: int) -> int:
+    """An int of at least `low`."""
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        reasons.add(TypeError, f"{name}: expected an int, got {describe(x)}")
+        return max(low, 1)
+    if x < low:
+        reasons.add(ValueError, f"{name}: expected at least {low}, got {int(x)}")
+    return int(x)
+
+
+def read_window(window: object, reasons: Reasons) -> Pattern | None:
+    """``(left, right)`` as a pattern."""
+    if window is None:
+        return None
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        reasons.add(
+            TypeError,
+            f"window: expected a pair (left, right) of int or None, got {describe(window)}; "
+            "a window of k keys around each query is (k // 2, k // 2), a causal one (k - 1, 0)",
+        )
+        return None
+    try:
+        return patterns.Window(*window)
+    except (TypeError, ValueError) as error:
+        reasons.add(type(error), f"window: {error}")
+        return None
+
+
+def read_integers(
+    name: str, x: object, batch: tuple[int, ...], reasons: Reasons
+) -> int | Array | None:
+    """None, an int, or an integer array that broadcasts over the batch axes."""
+    if x is None or (isinstance(x, Integral) and not isinstance(x, bool)):
+        return None if x is None else int(x)
+    if not is_array(x) or "int" not in dtype_name(x.dtype):  # type: ignore[attr-defined]
+        reasons.add(
+            TypeError, f"{name}: expected an int or an array of integers, got {describe(x)}"
+        )
+        return None
+    if not _broadcasts(x.shape, batch):  # type: ignore[attr-defined]
+        reasons.add(
+            ValueError,
+            f"{name}: expected a shape that broadcasts to the batch axes {batch}, "
+            f"got {tuple(x.shape)}",  # type: ignore[attr-defined]
+        )
+        return None
+    return x
+
+
+def read_lengths(
+    x: object, nk: int, batch: tuple[int, ...], reasons: Reasons
+) -> int | Array | None:
+    """`kv_lengths`, in ``[0, Nk]`` wherever the values can be known."""
+    lengths = read_integers("kv_lengths", x, batch, reasons)
+    values = loops.host_values(lengths) if is_array(lengths) else lengths
+    if values is not None and np.size(values):
+        low, high = int(np.min(values)), int(np.max(values))
+        if low < 0 or high > nk:
+            reasons.add(
+                ValueError,
+                f"kv_lengths: expected values from 0 to Nk ({nk}), got {low} to {high}",
+            )
+    return lengths
+
+
+def read_segments(
+    x: object, nq: int, nk: int, batch: tuple[int, ...], reasons: Reasons
+) -> patterns.Segments | None:
+    """One array of ids for both sides, or a pair ``(q_ids, k_ids)``."""
+    if x is None:
+        return None
+    if isinstance(x, tuple | list) and len(x) == 2:
+        q_ids, k_ids = x
+    elif is_array(x):
+        q_ids = k_ids = x
+        if nq != nk:
+            reasons.add(
+                ValueError,
+                f"segment_ids: one array serves both sides only when Nq == Nk, got Nq {nq} and "
+                f"Nk {nk}; pass a pair (q_ids, k_ids)",
+            )
+            return None
+    else:
+        reasons.add(
+            TypeError,
+            "segment_ids: expected an integer array (..., N) or a pair (q_ids, k_ids), "
+            f"got {describe(x)}",
+        )
+        return None
+    try:
+        segments = patterns.Segments(q_ids, k_ids)
+    except (TypeError, ValueError) as error:
+        reasons.add(type(error), f"segment_ids: {error}")
+        return None
+    problems = segments.problems(nq, nk, batch)
+    reasons.values(problems)
+    return None if problems else segments
+
+
+def read_scores_array(
+    name: str, x: object, grouped: tuple[int, ...], xp: Namespace, reasons: Reasons
+) -> Array | None:
+    """
+    A mask or bias as ``(..., Hkv | 1, G | 1, Nq | 1, Nk | 1)``; `grouped` is the full shape.
+    """
+    if x is None:
+        return None
+    *batch, hkv, g, nq, nk = grouped
+    full = (*batch, hkv * g, nq, nk)
+    wanted = ("bool",) if name == "mask" else FLOATS
+    if not is_array(x) or dtype_name(x.dtype) not in wanted:  # type: ignore[attr-defined]
+        hint = "; True means visible" if name == "mask" else ""
+        reasons.add(
+            TypeError,
+            f"{name}: expected an array of {' or '.join(wanted)}, got {describe(x)}{hint}",
+        )
+        return None
+    array: Array = x
+    if not _broadcasts(array.shape, full):
+        reasons.add(
+            ValueError,
+            f"{name}: expected a shape that broadcasts to (..., Hq, Nq, Nk) = {full}, "
+            f"got {tuple(array.shape)}",
+        )
+        return None
+    shape = (1,) * (3 - array.ndim) + tuple(array.shape)
+    heads = (hkv, g) if shape[-3] == hkv * g else (1, 1)
+    return xp.reshape(array, (*shape[:-3], *heads, *shape[-2:]))
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return bool(np.broadcast_shapes(tuple(shape), to) == to)
+    except ValueError:
+        return False
+
+
+def _read_sinks(
+    x: object, heads: tuple[int, int], acc: DType, xp: Namespace, reasons: Reasons
+) -> Array | None:
+    if x is None:
+        return None
+    if not is_array(x) or dtype_name(x.dtype) not in FLOATS:  # type: ignore[attr-defined]
+        reasons.add(TypeError, f"sinks: expected an array of real floats, got {describe(x)}")
+    elif tuple(x.shape) != (math.prod(heads),):  # type: ignore[attr-defined]
+        reasons.add(
+            ValueError,
+            f"sinks: expected shape (Hq,) = ({math.prod(heads)},), got {tuple(x.shape)}",  # type: ignore[attr-defined]
+        )
+    else:
+        return xp.reshape(xp.astype(x, acc), (*heads, 1, 1))
+    return None
+
+
+def _pattern_arrays(pattern: object) -> dict[str, Array]:
+    if not isinstance(pattern, Pattern):
+        return {}
+    arrays: list[Array] = []
+    patterns.detach(pattern, arrays)
+    return {f"pattern (its array {n})": x for n, x in enumerate(arrays)}
+
+
+def _segment_arrays(x: object) -> dict[str, Any]:
+    if isinstance(x, tuple | list):
+        return {f"segment_ids[{n}]": ids for n, ids in enumerate(x)}
+    return {"segment_ids": x}
+
+
+# -- The two doors ----------------------------------------------------------------------------
+
+
+def read_softmax(
+    function: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    kv_lengths: int | Array | None = None,
+    segment_ids: Any = None,
+    pattern: Pattern | None = None,
+    q_offset: int | Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    return_lse: bool = False,
+) -> SoftmaxInputs:
+    """Read the arguments of dense, local and sparse attention."""
+    reasons = Reasons(function)
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks}
+    named |= {"kv_lengths": kv_lengths, "q_offset": q_offset}
+    named |= _segment_arrays(segment_ids) | _pattern_arrays(pattern)
+    xp, device = read_namespace(named, reasons)
+    q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons)
+    acc = accumulation_dtype(q, xp)
+    *_, hkv, g, nq, d = q.shape
+    nk = k.shape[-2]
+    grouped = (*batch, hkv, g, nq, nk)
+    mask = read_scores_array("mask", mask, grouped, xp, reasons)
+    bias = read_scores_array("bias", bias, grouped, xp, reasons)
+    sinks = _read_sinks(sinks, (hkv, g), acc, xp, reasons)
+    lengths = read_lengths(kv_lengths, nk, batch, reasons)
+    offset = read_integers("q_offset", q_offset, batch, reasons)
+    if pattern is not None and not isinstance(pattern, Pattern):
+        reasons.add(TypeError, f"pattern: expected an arrattn Pattern, got {describe(pattern)}")
+    elif pattern is not None:
+        reasons.values([f"pattern: {text}" for text in pattern.problems(nq, nk, batch)])
+    causal = read_flag("is_causal", is_causal, reasons)
+    read_flag("return_lse", return_lse, reasons)
+    if scale is not None:
+        scale = read_number("scale", scale, reasons, positive=False)
+    if softcap is not None:
+        softcap = read_number("softcap", softcap, reasons, positive=True)
+    seen_by = read_window(window, reasons)
+    segments = read_segments(segment_ids, nq, nk, batch, reasons)
+    reasons.check()
+    if offset is None:
+        offset = (nk if lengths is None else lengths) - nq
+    return SoftmaxInputs(
+        xp=xp,
+        device=device,
+        q=q,
+        k=k,
+        v=v,
+        bias=bias,
+        sinks=sinks,
+        pattern=patterns.both(
+            patterns.Causal() if causal else None,
+            seen_by,
+            None if lengths is None else patterns.Prefix(lengths),
+            segments,
+            pattern,
+            None if mask is None else patterns.Masked(mask),
+            None if bias is None else patterns.Unforbidden(bias),
+        ),
+        offset=_lift(offset, xp),
+        scale=(d**-0.5 if d else 1.0) if scale is None else scale,
+        softcap=softcap,
+        batch=batch,
+        acc=acc,
+        no_head=no_head,
+    )
+
+
+def _lift(x: int | Array, xp: Namespace) -> int | Array:
+    return x if isinstance(x, int) else xp.reshape(x, (*x.shape, 1, 1, 1, 1))
+
+
+def read_linear(
+    function: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    feature_map: Any,
+    is_causal: bool,
+    key_mask: Array | None,
+    kv_lengths: int | Array | None,
+    segment_ids: Any,
+    normalize: bool,
+    scale: float,
+    initial_state: LinearState | None,
+    return_state: bool,
+) -> LinearInputs:
+    """Read the arguments of linear attention; the state's shape waits for the features."""
+    reasons = Reasons(function)
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "key_mask": key_mask}
+    named |= {"kv_lengths": kv_lengths} | _segment_arrays(segment_ids)
+    if isinstance(initial_state, tuple) and len(initial_state) == 2:
+        named |= {f"initial_state.{n}": x for n, x in zip("Sz", initial_state, strict=True)}
+    elif initial_state is not None:
+        reasons.add(
+            TypeError, f"initial_state: expected a LinearState, got {describe(initial_state)}"
+        )
+    xp, device = read_namespace(named, reasons)
+    q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons)
+    nq, nk, hkv = q.shape[-2], k.shape[-2], k.shape[-3]
+    lengths = read_lengths(kv_lengths, nk, batch, reasons)
+    for name, flag in (
+        ("is_causal", is_causal),
+        ("normalize", normalize),
+        ("return_state", return_state),
+    ):
+        read_flag(name, flag, reasons)
+    scale = read_number("scale", scale, reasons, positive=False)
+    segments = read_segments(segment_ids, nq, nk, batch, reasons)
+    mask = _read_key_mask(key_mask, (*batch, hkv, nk), reasons)
+    try:
+        reasons.values(read_map(feature_map).problems(q.shape[-1]))
+    except TypeError as error:
+        reasons.add(TypeError, str(error))
+    reasons.check()
+    if lengths is not None:
+        mask = _both_masks(mask, _within(lengths, nk, xp, device))
+    return LinearInputs(
+        xp=xp,
+        device=device,
+        q=q,
+        k=k,
+        v=v,
+        key_mask=mask,
+        kv_lengths=lengths,
+        q_ids=None if segments is None else segments.q_ids,
+        k_ids=None if segments is None else segments.k_ids,
+        state=initial_state,
+        scale=scale,
+        batch=batch,
+        acc=accumulation_dtype(q, xp),
+        no_head=no_head,
+    )
+
+
+def _read_key_mask(x: object, full: tuple[int, ...], reasons: Reasons) -> Array | None:
+    if x is None:
+        return None
+    if not is_array(x) or dtype_name(x.dtype) != "bool":  # type: ignore[attr-defined]
+        reasons.add(
+            TypeError, f"key_mask: expected an array of bool (True = visible), got {describe(x)}"
+        )
+        return None
+    shape = tuple(x.shape)  # type: ignore[attr-defined]
+    # A key mask belongs to batch items, not to heads: (..., Nk).
+    *batch, _, nk = full
+    if len(shape) == 0 or shape[-1] != nk or not _broadcasts(shape[:-1], tuple(batch)):
+        reasons.add(
+            ValueError,
+            f"key_mask: expected shape (..., Nk), broadcasting to {(*batch, nk)}, got {shape}",
+        )
+        return None
+    return x[..., None, :]  # type: ignore[index]
+
+
+def _within(lengths: int | Array, nk: int, xp: Namespace, device: Device) -> Array:
+    j = xp.reshape(xp.arange(nk, device=device), (1, nk))
+    return j < (lengths if isinstance(lengths, int) else lengths[..., None, None])
+
+
+def _both_masks(a: Array | None, b: Array) -> Array:
+    return b if a is None else a & b
+
+
+def read_state(
+    state: LinearState, shapes: tuple[tuple[int, ...], tuple[int, ...]], acc: DType, function: str
+) -> None:
+    """Check a state that comes in against the shapes that this call would give out."""
+    reasons = Reasons(function)
+    for name, x, shape in zip("Sz", state, shapes, strict=True):
+        if x.dtype != acc:
+            reasons.add(
+                TypeError,
+                f"initial_state.{name}: expected the accumulation dtype {dtype_name(acc)}, "
+                f"got {dtype_name(x.dtype)}",
+            )
+        if not _broadcasts(x.shape, shape):
+            reasons.add(
+                ValueError,
+                f"initial_state.{name}: expected shape {shape}, got {tuple(x.shape)}",
+            )
+    reasons.check()
+
+
+def read_sparse(
+    call: SoftmaxInputs,
+    block_size: object,
+    top_k: object,
+    route: object,
+    select: object,
+    per: object,
+) -> Choice:
+    """Read what sparse attention takes beside the arguments of the family."""
+    reasons = Reasons("sparse_attention")
+    nk = call.lengths[1]
+    root = math.isqrt(nk - 1) + 1 if nk else 1
+    block = root if block_size is None else read_count("block_size", block_size, reasons, low=1)
+    count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
+    blocks = None if route is None else read_count("route", route, reasons, low=0)
+    for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
+        if value not in known:
+            expected = ", ".join(map(repr, known))
+            reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
+    reasons.check()
+    block, count = min(block, max(nk, 1)), min(count, nk)
+    # Every block may be another one: a position outside the keys has no block of its own.
+    others = -(-nk // block)
+    searched = (others if blocks is None else min(blocks, others)) if count else 0
+    return Choice(block, count, searched, exhaustive=searched > 0 and searched == others)
+
+
+def read_parts(parts: Any) -> Namespace:
+    """Check what `merge` is given; the parts' namespace."""
+    reasons = Reasons("merge")
+    if not isinstance(parts, tuple | list):
+        reasons.add(TypeError, f"parts: expected a list of (out, lse), got {describe(parts)}")
+        reasons.check()
+    if not parts:
+        reasons.add(ValueError, "parts: expected at least one (out, lse), got none")
+    for n, part in enumerate(parts):
+        if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(is_array, part)):
+            reasons.add(
+                TypeError, f"parts[{n}]: expected a pair of arrays (out, lse), got {describe(part)}"
+            )
+    reasons.check()
+    (out0, lse0), xp = parts[0], compat.array_namespace(parts[0][0])
+    for n, (out, lse) in enumerate(parts):
+        for name, x, first in (("out", out, out0), ("lse", lse, lse0)):
+            what = f"parts[{n}].{name}"
+            if compat.array_namespace(x) is not xp:
+                other = _library(compat.array_namespace(x))
+                reasons.add(TypeError, f"{what}: expected {_library(xp)}, got {other}")
+            elif loops.device_of(x) != loops.device_of(out0):
+                reasons.add(TypeError, f"{what}: expected the device of parts[0].out")
+            elif x.dtype != first.dtype or dtype_name(x.dtype) not in FLOATS:
+                reasons.add(
+                    TypeError,
+                    f"{what}: expected the floating dtype of parts[0].{name} "
+                    f"({dtype_name(first.dtype)}), got {dtype_name(x.dtype)}",
+                )
+            elif tuple(x.shape) != tuple(first.shape):
+                reasons.add(
+                    ValueError,
+                    f"{what}: expected shape {tuple(first.shape)}, got {tuple(x.shape)}",
+                )
+        if tuple(lse.shape) != tuple(out.shape[:-1]):
+            reasons.add(
+                ValueError,
+                f"parts[{n}].lse: expected shape (..., Nq) = {tuple(out.shape[:-1])}, "
+                f"got {tuple(lse.shape)}",
+            )
+    reasons.check()
+    return xp
+
+
+def require_window(function: str, window: object) -> None:
+    """Local attention needs a window; None is dense attention."""
+    if window is None:
+        msg = f"{function}: window: expected a pair (left, right), got None"
+        raise TypeError(msg)

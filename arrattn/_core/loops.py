@@ -1,0 +1,369 @@
+"""
+Where array libraries differ: loops, threads, and what the standard lacks.
+
+Each function here is small, says why it exists, and has the standard's way as its
+fallback. No other module of the core names an array library.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from arrattn._core.typing import Array, Device, Namespace
+
+
+def schedule(xp: Namespace) -> str:
+    """
+    How loops over tiles run.
+
+    "threads" (NumPy), "scan" (JAX), "blocks" (Dask) or "batched" (all others).
+    """
+    if compat.is_numpy_namespace(xp):
+        return "threads"
+    if compat.is_dask_namespace(xp):
+        return "blocks"
+    return "scan" if compat.is_jax_namespace(xp) else "batched"
+
+
+def device_of(x: Array) -> Device:
+    """The device to create arrays beside `x` on; None under tracing, where JAX places them."""
+    if compat.is_jax_array(x) and not is_concrete(x):
+        return None
+    device = compat.device(x)
+    # Dask and NumPy arrays live on "cpu", a name their creation functions do not all take.
+    return None if compat.is_dask_array(x) or compat.is_numpy_array(x) else device
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of `x` exist now: not for Dask graphs and JAX tracers."""
+    if compat.is_dask_array(x):
+        return False
+    if compat.is_jax_array(x):
+        import jax
+
+        return not isinstance(x, jax.core.Tracer)
+    return True
+
+
+def host_values(x: Array) -> np.ndarray[Any, Any] | None:
+    """
+    A small control array (offsets, lengths, ids) on the host; None where it has no values yet.
+
+    Planning needs these few integers to skip tiles; q, k and v never come this way.
+    """
+    if not is_concrete(x):
+        return None
+    if compat.is_numpy_array(x) or compat.is_jax_array(x):
+        return np.asarray(x)
+    if compat.is_torch_array(x):
+        return np.asarray(x.detach().cpu())
+    if compat.is_cupy_array(x):
+        return np.asarray(x.get())
+    return None
+
+
+def truth(x: Array) -> bool | None:
+    """A boolean scalar as a Python bool; None where it has no value yet."""
+    return bool(x) if is_concrete(x) else None
+
+
+def stop_gradient(x: Array) -> Array:
+    """`x` as a constant of differentiation; the standard knows no gradients."""
+    if compat.is_torch_array(x):
+        return x.detach()
+    if compat.is_jax_array(x):
+        import jax
+
+        return jax.lax.stop_gradient(x)
+    return x
+
+
+def cond(
+    predicate: Array, yes: Callable[..., Array], no: Callable[..., Array], *args: Array, xp: Namespace
+) -> Array:
+    """``yes(*args) if predicate else no(*args)``, also where the predicate is traced or lazy."""
+    known = truth(predicate)
+    if known is not None:
+        return yes(*args) if known else no(*args)
+    if compat.is_jax_namespace(xp):
+        import jax
+
+        return jax.lax.cond(predicate, yes, no, *args)
+    return xp.where(predicate, yes(*args), no(*args))
+
+
+def largest(x: Array, k: int, *, xp: Namespace) -> Array:
+    """
+    The `k` largest values along the last axis, descending; the standard has no top-k.
+    """
+    if compat.is_torch_namespace(xp):
+        return xp.topk(x, k, dim=-1).values
+    if compat.is_jax_namespace(xp):
+        import jax
+
+        return jax.lax.top_k(x, k)[0]
+    if compat.is_dask_namespace(xp):
+        import dask.array as da
+
+        return da.topk(x, k, axis=-1)
+    if compat.is_numpy_namespace(xp) or compat.is_cupy_namespace(xp):
+        if 0 < k < x.shape[-1]:
+            x = xp.partition(x, x.shape[-1] - k, axis=-1)[..., -k:]
+        return xp.sort(x, axis=-1)[..., ::-1][..., :k]
+    return xp.sort(x, axis=-1, descending=True)[..., :k]
+
+
+def kth_largest(x: Array, k: int, *, xp: Namespace) -> Array:
+    """The `k`-th largest value along the last axis, kept as an axis of length 1."""
+    if compat.is_numpy_namespace(xp) or compat.is_cupy_namespace(xp):
+        at = x.shape[-1] - k
+        return xp.partition(x, at, axis=-1)[..., at : at + 1]
+    return largest(x, k, xp=xp)[..., k - 1 : k]
+
+
+def stable_argsort(x: Array, *, xp: Namespace) -> Array:
+    """
+    Ascending stable argsort along the last axis; Dask has none, so there one task a chunk.
+    """
+    if compat.is_dask_namespace(xp):
+
+        def sort_chunk(chunk: Array) -> Array:
+            return compat.array_namespace(chunk).argsort(chunk, axis=-1, stable=True)
+
+        return x.rechunk({x.ndim - 1: -1}).map_blocks(sort_chunk, dtype=np.int64)
+    return xp.argsort(x, axis=-1, stable=True)
+
+
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any,
+    *,
+    xp: Namespace,
+) -> tuple[Any, Any]:
+    """
+    Fold `step` over the leading axis of the arrays `xs`; `lax.scan` where there is one.
+
+    Parameters
+    ----------
+    step : callable
+        ``step(carry, x) -> (carry, y)``, with `x` and `y` tuples of arrays.
+    carry : tuple of arrays
+        The first carry.
+    xs : tuple of arrays
+        Each with the loop's axis first.
+    xp : namespace
+        The arrays' namespace.
+
+    Returns
+    -------
+    carry, ys
+        The last carry, and the `y` stacked along a new first axis.
+    """
+    if compat.is_jax_namespace(xp):
+        import jax
+
+        return jax.lax.scan(step, carry, xs)
+    ys = []
+    for t in range(xs[0].shape[0]):
+        carry, y = step(carry, tuple(x[t, ...] for x in xs))
+        ys.append(y)
+    return carry, tuple(xp.stack(parts) for parts in zip(*ys, strict=True))
+
+
+def switch(index: Array, branches: Sequence[Callable[..., Any]], *args: Any) -> Any:
+    """One of `branches`, chosen by a traced `index`; JAX alone traces."""
+    import jax
+
+    return jax.lax.switch(index, branches, *args)
+
+
+def map_rematerialised(body: Callable[..., Any], xs: Any) -> Any:
+    """
+    `body` over the leading axis of `xs` on JAX, its inner values recomputed for gradients.
+    """
+    import jax
+
+    return jax.lax.map(jax.checkpoint(body), xs)
+
+
+@lru_cache(maxsize=512)
+def _compiled(function: Callable[..., Any], static: Hashable) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(partial(function, static))
+
+
+def staged(
+    function: Callable[..., Any], static: Hashable, operands: Any, *, xp: Namespace
+) -> Any:
+    """
+    ``function(static, operands)``; on JAX compiled once for each `static` and shape.
+
+    JAX would otherwise trace and compile a loop anew at every eager call. `function` must be
+    a module-level function, `static` hashable, `operands` a tuple of arrays and None.
+    """
+    if compat.is_jax_namespace(xp):
+        return _compiled(function, static)(operands)
+    return function(static, operands)
+
+
+def map_blocks(
+    function: Callable[..., Any],
+    arrays: Sequence[Array],
+    trailing: Sequence[int],
+    sizes: Sequence[tuple[int, ...]],
+    dtype: Any,
+) -> tuple[Array, ...]:
+    """
+    `function` on blocks of Dask arrays, cut along all but their last `trailing` axes.
+
+    Leading axes broadcast; the results have the leading axes and then `sizes`.
+    """
+    import dask.array as da
+
+    arrays = [
+        x.rechunk({x.ndim - 1 - i: -1 for i in range(t)})
+        for x, t in zip(arrays, trailing, strict=True)
+    ]
+    names = [[f"a{n}x{i}" for i in range(t)] for n, t in enumerate(trailing)]
+    outs = [[f"r{n}x{i}" for i in range(len(size))] for n, size in enumerate(sizes)]
+
+    def spell(groups: list[list[str]]) -> str:
+        return ",".join(f"({','.join(g)})" for g in groups)
+
+    flat = dict(zip(sum(outs, []), sum(map(list, sizes), []), strict=True))
+    return da.apply_gufunc(
+        function,
+        f"{spell(names)}->{spell(outs)}",
+        *arrays,
+        output_sizes=flat,
+        meta=tuple(da.utils.meta_from_array(arrays[0], dtype=dtype) for _ in sizes),
+    )
+
+
+# -- Threads, for NumPy -----------------------------------------------------------------------
+
+
+def num_threads() -> int:
+    """Worker threads: ``ARRATTN_NUM_THREADS``, or the processors this process may use."""
+    asked = os.environ.get("ARRATTN_NUM_THREADS", "")
+    if not asked:
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+    if not asked.isdecimal() or int(asked) < 1:
+        msg = f"ARRATTN_NUM_THREADS: expected a positive integer, got {asked!r}"
+        raise ValueError(msg)
+    return int(asked)
+
+
+class _Blas:
+    """
+    Holds BLAS to one thread while any of our pools runs, and gives back what was set before.
+
+    The setting belongs to the process, so calls that overlap share it: the first to come
+    sets it, the last to go restores it. threadpoolctl lets only the thread that set it change
+    it again, so a thread kept for the purpose does both.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.limiter: Any = None
+        self.keeper = ThreadPoolExecutor(1, thread_name_prefix="arrattn-blas")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.keeper.submit(self._hold)
+        try:
+            # Behind the setting in the keeper's queue: done when it is.
+            self.keeper.submit(int).result()
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    self.keeper.submit(self._release).result()
+
+    def _hold(self) -> None:
+        self.limiter = _controller().limit(limits=1).__enter__()
+
+    def _release(self) -> None:
+        self.limiter.__exit__(None, None, None)
+
+
+@lru_cache(maxsize=1)
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="arrattn")
+
+
+_blas = _Blas()
+
+
+def _after_fork() -> None:
+    # A child process has none of its parent's threads, and may have copied a held lock.
+    global _blas  # noqa: PLW0603
+    _pool.cache_clear()
+    _blas = _Blas()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None:
+    """
+    Run independent jobs, each with a single-threaded BLAS, on the pool and the caller's thread.
+
+    `small` jobs, whose products BLAS would not spread over threads anyway, are run as they are.
+
+    What a job computes does not depend on who runs it, so results are the same bits for any
+    number of threads. The first exception is raised, once every worker has stopped.
+    """
+    if small:
+        for job in jobs:
+            job()
+        return
+    queue = iter(jobs)
+    take = threading.Lock()
+
+    def work() -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            while True:
+                with take:
+                    job = next(queue, None)
+                if job is None:
+                    return
+                job()
+
+    with _blas.held():
+        helpers = min(num_threads(), len(jobs)) - 1
+        futures = [_pool(num_threads()).submit(work) for _ in range(helpers)]
+        try:
+            work()
+        finally:
+            with take:
+                queue = iter(())
+            for future in futures:
+                future.exception()
+        for future in futures:
+            future.result()

@@ -1,0 +1,103 @@
+"""
+The online softmax: absorb score tiles in any order, merge parts, finish once.
+
+The state is that of Milakov & Gimelshein (arXiv:1805.02867) as FlashAttention-2
+(arXiv:2307.08691, section 3.1) arranges it: the division comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from arrattn._core import loops
+from arrattn._core.tiles import weigh
+from arrattn._core.typing import Array, Namespace
+
+
+class State(NamedTuple):
+    """Running maximum `m` and sum `l`, ``(..., nq, 1)``, and sum of values `o` (..., nq, Dv)."""
+
+    m: Array
+    l: Array  # noqa: E741
+    o: Array
+
+
+def empty(o: Array, sinks: Array | None, *, xp: Namespace) -> State:
+    """
+    The state before any key: zeros `o`, and the sinks ``(Hkv, G, 1, 1)`` in the sum.
+    """
+    device = loops.device_of(o)
+    shape = (*o.shape[:-1], 1)
+    if sinks is None:
+        m = xp.full(shape, -math.inf, dtype=o.dtype, device=device)
+        return State(m, xp.zeros(shape, dtype=o.dtype, device=device), o)
+    constant = loops.stop_gradient(sinks)
+    m = xp.broadcast_to(constant, shape)
+    return State(m, xp.broadcast_to(xp.exp(sinks - _finite(constant, xp=xp)), shape), o)
+
+
+def absorb(
+    state: State,
+    s: Array,
+    v: Array,
+    visible: Array | None,
+    *,
+    xp: Namespace,
+    finite: bool | None,
+) -> State:
+    """
+    Add a tile of scores ``(..., nq, nk)`` and its values to the state.
+
+    `finite` says whether `v` is known to be finite.
+    """
+    return absorb_with(
+        state, s, visible, lambda p, seen: weigh(p, v, seen, xp=xp, finite=finite), xp=xp
+    )
+
+
+def absorb_with(
+    state: State,
+    s: Array,
+    visible: Array | None,
+    weighted: Callable[[Array, Array | None], Array],
+    *,
+    xp: Namespace,
+) -> State:
+    """
+    Add a tile of scores whose values are summed by ``weighted(p, visible)``.
+
+    Hidden scores leave the sum.
+    """
+    if visible is not None:
+        s = xp.where(visible, s, xp.asarray(-math.inf, dtype=s.dtype, device=loops.device_of(s)))
+    # The result does not depend on the maximum, so gradients need not pass through it.
+    top = loops.stop_gradient(xp.max(s, axis=-1, keepdims=True))
+    m = xp.maximum(state.m, top)
+    shift = _finite(m, xp=xp)
+    p = xp.exp(s - shift)
+    decay = xp.exp(state.m - shift)
+    total = state.l * decay + xp.sum(p, axis=-1, keepdims=True)
+    return State(m, total, state.o * decay + weighted(p, visible))
+
+
+def merge(a: State, b: State, *, xp: Namespace) -> State:
+    """The state that has absorbed what either has."""
+    m = xp.maximum(a.m, b.m)
+    shift = _finite(m, xp=xp)
+    u, w = xp.exp(a.m - shift), xp.exp(b.m - shift)
+    return State(m, a.l * u + b.l * w, a.o * u + b.o * w)
+
+
+def finish(state: State, *, xp: Namespace) -> tuple[Array, Array]:
+    """Output ``(..., nq, Dv)`` and log-sum-exp ``(..., nq)``; an empty row gives 0 and -inf."""
+    none = state.l == 0
+    total = xp.where(none, xp.ones_like(state.l), state.l)
+    lse = xp.where(none, state.m, _finite(state.m, xp=xp) + xp.log(total))
+    return state.o / total, xp.squeeze(lse, axis=-1)
+
+
+def _finite(m: Array, *, xp: Namespace) -> Array:
+    """`m`, or 0 where nothing has been seen, so that no ``-inf - -inf`` arises."""
+    return xp.where(m == -math.inf, xp.zeros_like(m), m)

@@ -1,0 +1,156 @@
+"""
+Which key tiles each query tile visits, and which of them need no hiding.
+
+A plan that visits too much is slow, one that visits too little is wrong: *the plan covers
+the pattern* is a law of the tests. It costs one look at each tile, none at the pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arrattn._core import loops
+from arrattn._core.typing import Array
+from arrattn.patterns import FAR, Pattern, Rectangles
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+#: Tile shapes to choose from, and what starting a tile costs, counted in pairs.
+TILES = ((512, 256), (256, 256), (128, 128), (64, 64))
+TILE_OVERHEAD = 1 << 13
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The tiles of a call: `kinds` is EMPTY, PARTIAL or FULL for each (query tile, key tile).
+
+    Leading axes of `kinds` are batch axes, where the pattern differs by batch item.
+    """
+
+    nq: int
+    nk: int
+    tile: tuple[int, int]
+    kinds: np.ndarray[Any, Any]
+
+    def __repr__(self) -> str:
+        visited, full = int((self.kinds > 0).sum()), int((self.kinds == FULL).sum())
+        share = visited / max(self.kinds.size, 1)
+        return (
+            f"Plan({self.nq} queries x {self.nk} keys in tiles of {self.tile[0]} x {self.tile[1]}: "
+            f"{visited} of {self.kinds.size} visited ({share:.1%}), {full} of them full)"
+        )
+
+    def merged(self) -> Plan:
+        """One table for all batch items: what any of them visits, full where all are."""
+        lead = tuple(range(self.kinds.ndim - 2))
+        if not lead:
+            return self
+        some, every = (self.kinds > 0).any(lead), (self.kinds == FULL).all(lead)
+        return Plan(self.nq, self.nk, self.tile, _kinds(some, every))
+
+    def rows(self, t: int) -> tuple[int, int]:
+        """Query range of query tile `t`."""
+        return t * self.tile[0], min((t + 1) * self.tile[0], self.nq)
+
+    def columns(self, u: int) -> tuple[int, int]:
+        """Key range of key tile `u`."""
+        return u * self.tile[1], min((u + 1) * self.tile[1], self.nk)
+
+    def visits(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """
+        The visited key tiles of each query tile, and their kinds, padded with EMPTY.
+        """
+        most = max(int((self.kinds > 0).sum(-1).max(initial=0)), 1)
+        order = np.argsort(self.kinds == EMPTY, axis=-1, kind="stable")[:, :most]
+        return order.astype(np.int32), np.take_along_axis(self.kinds, order, -1).astype(np.int32)
+
+
+def make_plan(
+    pattern: Pattern | None, nq: int, nk: int, offset: int | Array, tile: tuple[int, int]
+) -> Plan:
+    """
+    Classify every tile of `pattern`.
+
+    Parameters
+    ----------
+    pattern : Pattern or None
+        None sees everything.
+    nq, nk : int
+        Number of queries and keys.
+    offset : int or array of int, shape (..., 1, 1, 1, 1)
+        Position of the first query.
+    tile : tuple of (int, int)
+        Queries and keys per tile.
+
+    Returns
+    -------
+    Plan
+        Cautious where offsets or the pattern's arrays have no values yet.
+    """
+    rows, cols = np.arange(0, nq, tile[0]), np.arange(0, nk, tile[1])
+    some, every = _classify(pattern, rows, cols, nq, nk, offset, tile)
+    return Plan(nq, nk, tile, _kinds(some, every))
+
+
+def _classify(
+    pattern: Pattern | None,
+    rows: Any,
+    cols: Any,
+    nq: int,
+    nk: int,
+    offset: int | Array,
+    tile: tuple[int, int],
+) -> tuple[Any, Any]:
+    i0, j0 = rows[:, None], cols[None, :]
+    i1, j1 = np.minimum(i0 + tile[0], nq), np.minimum(j0 + tile[1], nk)
+    if pattern is None:
+        some = every = np.True_
+    else:
+        p0, p1 = _positions(i0, i1, offset)
+        some, every = pattern.rectangles(Rectangles(i0, i1, p0, p1, j0, j1))
+    shape = np.broadcast_shapes(np.shape(some), np.shape(every), (len(rows), len(cols)))
+    return np.broadcast_to(some, shape), np.broadcast_to(every, shape)
+
+
+def _positions(i0: Any, i1: Any, offset: int | Array) -> tuple[Any, Any]:
+    if isinstance(offset, int):
+        return i0 + offset, i1 + offset
+    known = loops.host_values(offset)
+    if known is None:
+        return np.full_like(i0, -FAR), np.full_like(i1, FAR)
+    known = known.astype(np.int64).reshape(*known.shape[:-4], 1, 1)
+    return i0 + known, i1 + known
+
+
+def _kinds(some: Any, every: Any) -> np.ndarray[Any, Any]:
+    kinds: np.ndarray[Any, Any] = np.where(some, np.where(every, FULL, PARTIAL), EMPTY)
+    return kinds.astype(np.uint8)
+
+
+def choose_tile(
+    pattern: Pattern | None, nq: int, nk: int, offset: int | Array, *, lanes: int, budget: int
+) -> tuple[int, int]:
+    """
+    The tile shape that promises the least work on this pattern.
+
+    A few query tiles are looked at for each candidate: pairs visited, plus a fixed cost for
+    every tile. `lanes` score matrices are computed at once, and together they may hold
+    `budget` numbers.
+    """
+    fitting = [t for t in TILES if t[0] * t[1] * lanes <= budget] or [TILES[-1]]
+    if pattern is None or max(nq, nk) <= TILES[-1][0]:
+        return fitting[0]
+
+    def cost(tile: tuple[int, int]) -> float:
+        starts = np.arange(0, nq, tile[0])
+        looked = starts[:: max(1, len(starts) // 8)]
+        cols = np.arange(0, nk, tile[1])
+        some, _ = _classify(pattern, looked, cols, nq, nk, offset, tile)
+        visits = float(some.sum()) * len(starts) / max(len(looked), 1)
+        return visits * (tile[0] * tile[1] * lanes + TILE_OVERHEAD)
+
+    return min(fitting, key=cost)

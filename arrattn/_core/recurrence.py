@@ -1,0 +1,454 @@
+"""
+Linear attention as one recurrence over time, a chunk of tokens at a step.
+
+What the keys of the past leave behind is a `Memory`: ``S = sum_j phi(k_j) (v_j, 1)^T``, the
+normaliser being the column that belongs to the 1. Three ways of going through the tokens
+are enough for every call: all keys and then all queries, both side by side (causal), and
+both in one sequence sorted by segment and position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from arrattn._core import loops, tiles
+from arrattn._core.typing import Array, DType, Namespace
+from arrattn._state import LinearState
+from arrattn.feature_maps import FeatureMap, Features
+
+#: Tokens per step: products within a chunk cost as much as those with the memory.
+CHUNK = 128
+
+
+class How(NamedTuple):
+    """What a call does, apart from its arrays; hashable, so that it can name a compilation."""
+
+    xp: Namespace
+    feature_map: FeatureMap
+    is_causal: bool
+    normalize: bool
+    scale: float
+    batch: tuple[int, ...]
+    acc: DType
+    same_ids: bool  # one array of ids serves both sides
+    chunk: int = CHUNK
+
+
+class Operands(NamedTuple):
+    """
+    The arrays of a call. `lengths` are those of the keys where an array tells them, and move
+    the queries' positions; `weights` belong to the feature map.
+    """
+
+    q: Array  # (..., Hkv, G, Nq, D)
+    k: Array  # (..., Hkv, Nk, D)
+    v: Array  # (..., Hkv, Nk, Dv)
+    key_mask: Array | None  # (..., Hkv | 1, Nk)
+    q_ids: Array | None  # (..., Nq)
+    k_ids: Array | None  # (..., Nk)
+    lengths: Array | None  # (...)
+    state: LinearState | None
+    weights: Array | None
+
+    def keys(self, start: int, stop: int) -> Operands:
+        """Only these keys."""
+        k, v = self.k[..., start:stop, :], self.v[..., start:stop, :]
+        mask = None if self.key_mask is None else self.key_mask[..., start:stop]
+        ids = None if self.k_ids is None else self.k_ids[..., start:stop]
+        return self._replace(k=k, v=v, key_mask=mask, k_ids=ids)
+
+
+class Memory(NamedTuple):
+    """
+    The sums over past keys, ``S exp(log)``; `log` is None where the features carry none.
+
+    Sorted tokens come one segment after the other: then `ids` names the segment that the
+    sums belong to, and they are invisible to every other.
+    """
+
+    S: Array  # (..., Hkv, Dphi, Dv + 1)
+    log: Array | None  # (..., Hkv)
+    ids: Array | None = None  # (...)
+
+
+class Keys(NamedTuple):
+    """A chunk of keys as the sums take them up; absent ones are zeros."""
+
+    phi: Array  # (..., Hkv, c, Dphi)
+    log: Array | None  # (..., Hkv, c)
+    v: Array  # (..., Hkv, c, Dv + 1)
+
+
+def run(how: How, x: Operands) -> tuple[Array, Array, Array]:
+    """
+    Do the call: the outputs (..., Hkv, G, Nq, Dv), in the dtype of `q`, and the state.
+    """
+    xp = how.xp
+    q, k, v = (xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in zip(x[:3], (4, 3, 3)))
+    x = x._replace(q=q, k=k, v=v)
+    start = _start(how, x)
+    if x.q_ids is not None or (how.is_causal and x.lengths is not None):
+        out, memory = _sorted(how, x, start)
+    elif how.is_causal:
+        out, memory = _side_by_side(how, x, start)
+    else:
+        memory = _absorb_all(how, x, start)
+        out = _read_all(how, x, memory)
+    S = memory.S
+    if memory.log is not None:
+        S = S * xp.exp(_finite(memory.log, xp))[..., None, None]
+    return out, S[..., :-1], S[..., -1]
+
+
+def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
+    """The features of no keys at all: their number, and whether logarithms come with them."""
+    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp)
+
+
+# -- Three ways through the tokens ------------------------------------------------------------
+
+
+def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
+    """Take up every key."""
+
+    def step(memory: Memory, part: Any) -> tuple[Memory, None]:
+        return _absorb(memory, _read_keys(how, x, *part), how.xp), None
+
+    if x.k.shape[-2] == 0:
+        return memory
+    parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
+    return _over_chunks(step, memory, parts, x.k.shape[-2], how)[0]
+
+
+def _read_all(how: How, x: Operands, memory: Memory) -> Array:
+    """Every query, of the same memory."""
+
+    def step(carry: tuple[()], part: Any) -> tuple[tuple[()], Array]:
+        f = how.feature_map.phi_q(how.xp.astype(part[0], how.acc), how.xp, x.weights)
+        top = tiles.group_matmul(f.phi, memory.S, xp=how.xp)
+        base = None
+        if memory.log is not None:
+            base = _finite(memory.log, how.xp)[..., None, None, None]
+        return carry, _finish(how, x, f, top, base)
+
+    if x.q.shape[-2] == 0:
+        shape = (*x.q.shape[:-1], x.v.shape[-1])
+        return how.xp.zeros(shape, dtype=x.q.dtype, device=loops.device_of(x.q))
+    return _over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how)[1]
+
+
+def _side_by_side(how: How, x: Operands, memory: Memory) -> tuple[Array, Memory]:
+    """
+    Causal, the last query beside the last key: whichever side is longer starts alone.
+    """
+    ahead = x.k.shape[-2] - x.q.shape[-2]
+    outs: list[Array] = []
+    if ahead > 0:
+        memory = _absorb_all(how, x.keys(0, ahead), memory)
+        x = x.keys(ahead, x.k.shape[-2])
+    elif ahead < 0:
+        outs = [_read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory)]
+        x = x._replace(q=x.q[..., -ahead:, :])
+    n = x.k.shape[-2]
+    if n:
+        parts = [(x.q, -2), (x.k, -2), (x.v, -2), (x.key_mask, -1), (None, -1)]
+        memory, out = _over_chunks(_causal_step(how, x, None), memory, parts, n, how)
+        outs.append(out)
+    elif not outs:
+        outs.append(_read_all(how, x, memory))
+    return (how.xp.concat(outs, axis=-2) if len(outs) > 1 else outs[0]), memory
+
+
+def _sorted(how: How, x: Operands, start: Memory) -> tuple[Array, Memory]:
+    """
+    Segments in any order, or positions that only the arrays know: sort, then go causally.
+    """
+    if x.q.shape[-2] == 0 or x.k.shape[-2] == 0:
+        return _read_all(how, x, start), _absorb_all(how, x, start)
+    xp = how.xp
+    aligned = x.lengths is None and x.q.shape[-2] == x.k.shape[-2]
+    own = how.is_causal and how.same_ids and aligned
+    order = _own_order(how, x) if own else _merged_order(how, x)
+    mask = order.is_key
+    if x.key_mask is not None:
+        shape = (*how.batch, 1, x.k.shape[-2])
+        lifted = xp.reshape(xp.broadcast_to(x.key_mask, shape), (*shape, 1))
+        taken = _gather_tokens(lifted, order.k, how)[..., 0]
+        mask = taken if mask is None else mask & taken
+    memory, initial = start, None
+    if order.ids is not None:
+        # The sums start anew with every segment, so what all queries see stands apart.
+        log = None if start.log is None else xp.full_like(start.log, -math.inf)
+        memory = Memory(xp.zeros_like(start.S), log, order.ids[..., 0])
+        initial = None if x.state is None else _seen_past(start, None, xp)
+    q, k, v = (
+        _gather_tokens(a, at, how) for a, at in ((x.q, order.q), (x.k, order.k), (x.v, order.k))
+    )
+    parts = [(q, -2), (k, -2), (v, -2), (mask, -1), (order.ids, -1)]
+    step = _causal_step(how, x, initial)
+    after, out = _over_chunks(step, memory, parts, q.shape[-2], how)
+    out = _gather_tokens(out, order.row, how)
+    return out, after if order.ids is None else _absorb_all(how, x, start)
+
+
+class Order(NamedTuple):
+    """
+    One sequence of T tokens in which all that a query may see lies before it.
+
+    By segment, then position; of two tokens at one position, the key comes first.
+    """
+
+    q: Array  # (..., T): the query at each place (any, if it is a key)
+    k: Array  # (..., T): the key at each place (any, if it is a query)
+    is_key: Array | None  # (..., 1, T): None where every token is both
+    ids: Array | None  # (..., T)
+    row: Array  # (..., Nq): the place of each query
+
+
+def _own_order(how: How, x: Operands) -> Order:
+    """Causal self-attention: each token is query and key at once."""
+    ids = _ids_of(how, x.q_ids)
+    order = loops.stable_argsort(ids, xp=how.xp)
+    row = loops.stable_argsort(order, xp=how.xp)
+    return Order(order, order, None, tiles.gather_last(ids, order, xp=how.xp), row)
+
+
+def _merged_order(how: How, x: Operands) -> Order:
+    """Queries and keys in one sequence; without causality a segment's keys come first."""
+    xp, nq, nk = how.xp, x.q.shape[-2], x.k.shape[-2]
+    device = loops.device_of(x.q)
+    i, j = xp.arange(nq, device=device), xp.arange(nk, device=device)
+    if how.is_causal:
+        last = nk if x.lengths is None else xp.astype(x.lengths, i.dtype)[..., None]
+        i = 2 * (i + last - nq) + 1  # between the key at its position and the next one
+    else:
+        i = i + 2 * nk
+    i, j = (xp.broadcast_to(n, (*how.batch, n.shape[-1])) for n in (i, 2 * j))
+    order = loops.stable_argsort(xp.concat([j, i], axis=-1), xp=xp)
+    ids = None
+    if x.q_ids is not None:
+        ids = xp.concat([_ids_of(how, x.k_ids), _ids_of(how, x.q_ids)], axis=-1)
+        ids = tiles.gather_last(ids, order, xp=xp)
+        by_segment = loops.stable_argsort(ids, xp=xp)
+        order = tiles.gather_last(order, by_segment, xp=xp)
+        ids = tiles.gather_last(ids, by_segment, xp=xp)
+    row = loops.stable_argsort(order, xp=xp)[..., nk:]
+    is_key = order < nk
+    zero = xp.zeros_like(order)
+    q, k = xp.where(is_key, zero, order - nk), xp.where(is_key, order, zero)
+    return Order(q, k, is_key[..., None, :], ids, row)
+
+
+def _ids_of(how: How, ids: Array) -> Array:
+    """The ids of every item of the batch, in the dtype of indices."""
+    whole = how.xp.arange(0).dtype
+    return how.xp.broadcast_to(how.xp.astype(ids, whole), (*how.batch, ids.shape[-1]))
+
+
+def _gather_tokens(x: Array, index: Array, how: How) -> Array:
+    """``x (..., heads, N, D)`` at ``index (..., T)``, the same for all heads of an item."""
+    heads = x.shape[len(how.batch) : -2]
+    *lead, n, d = x.shape
+    rows = how.xp.arange(math.prod(lead), dtype=index.dtype, device=loops.device_of(index))
+    index = how.xp.reshape(index, (*how.batch, *(1 for _ in heads), index.shape[-1]))
+    flat = how.xp.reshape(rows, (*lead, 1)) * n + index
+    flat_x = how.xp.reshape(x, (math.prod(lead) * n, d))
+    taken = how.xp.take(flat_x, how.xp.reshape(flat, (math.prod(flat.shape),)), axis=0)
+    return how.xp.reshape(taken, (*flat.shape, d))
+
+
+# -- The steps --------------------------------------------------------------------------------
+
+
+def _start(how: How, x: Operands) -> Memory:
+    """The memory before any key: empty, or the state that came in."""
+    xp, device = how.xp, loops.device_of(x.q)
+    f = features_of(how.feature_map, x.k, how.acc, xp)
+    shape = (*how.batch, x.k.shape[-3], f.phi.shape[-1], x.v.shape[-1] + 1)
+    if x.state is None:
+        S = xp.zeros(shape, dtype=how.acc, device=device)
+    else:
+        S = xp.broadcast_to(x.state.S, (*shape[:-1], shape[-1] - 1))
+        z = xp.broadcast_to(x.state.z, shape[:-1])
+        S = xp.concat([S, z[..., None]], axis=-1)
+    if f.log is None:
+        return Memory(S, None)
+    log = -math.inf if x.state is None else 0.0
+    return Memory(S, xp.full(shape[:-2], log, dtype=how.acc, device=device))
+
+
+def _read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) -> Keys:
+    """Features of a chunk of keys, and a one beside each value; absent keys leave nothing."""
+    xp = how.xp
+    k, v = xp.astype(k, how.acc), xp.astype(v, how.acc)
+    if mask is not None:
+        k, v = xp.where(mask[..., None], k, 0.0), xp.where(mask[..., None], v, 0.0)
+    phi, log = how.feature_map.phi_k(k, xp, x.weights)
+    if mask is not None:
+        phi = xp.where(mask[..., None], phi, 0.0)
+        log = None if log is None else xp.where(mask, log, -math.inf)
+    return Keys(phi, log, xp.concat([v, xp.ones_like(v[..., :1])], axis=-1))
+
+
+def _absorb(memory: Memory, keys: Keys, xp: Namespace) -> Memory:
+    """Add keys to the sums, all under the larger of the two logarithms."""
+    if memory.log is None:
+        return memory._replace(S=memory.S + xp.matrix_transpose(keys.phi) @ keys.v)
+    top = loops.stop_gradient(xp.max(keys.log, axis=-1))
+    log = xp.maximum(memory.log, top)
+    base = _finite(log, xp)
+    phi = keys.phi * xp.exp(keys.log - base[..., None])[..., None]
+    S = memory.S * xp.exp(memory.log - base)[..., None, None]
+    return memory._replace(S=S + xp.matrix_transpose(phi) @ keys.v, log=log)
+
+
+def _causal_step(how: How, x: Operands, initial: Past | None) -> Callable[..., Any]:
+    """
+    A chunk of tokens: pairs within it, the memory of those before, then one more memory.
+    """
+    # A sum tells whether all values are finite, and needs no array to do so.
+    finite = loops.truth(how.xp.isfinite(how.xp.sum(x.v, dtype=how.acc)))
+
+    def step(memory: Memory, part: Any) -> tuple[Memory, Array]:
+        q, k, v, mask, ids = part
+        xp = how.xp
+        f = how.feature_map.phi_q(xp.astype(q, how.acc), xp, x.weights)
+        keys = _read_keys(how, x, k, v, mask)
+        t = xp.arange(q.shape[-2], device=loops.device_of(q))
+        visible, ours = t[None, :] <= t[:, None], None
+        if ids is not None:
+            visible = visible & (ids[..., :, None] == ids[..., None, :])
+            visible = visible[..., None, None, :, :]
+            ours = (ids == memory.ids[..., None])[..., None, None, :, None]
+        pasts = [_seen_past(memory, ours, xp)] + ([] if initial is None else [initial])
+
+        base = _largest_log(keys, visible, pasts, xp)
+        w = tiles.group_matmul(f.phi, xp.matrix_transpose(keys.phi), xp=xp)
+        if base is not None:
+            log = xp.where(visible, keys.log[..., None, None, :], -math.inf)
+            w = w * xp.exp(log - base)
+        w = xp.where(visible, w, 0.0)  # (..., Hkv, G, c, c)
+        top = tiles.weigh(w, keys.v, visible, xp=xp, finite=finite or None)
+        for past in pasts:
+            term = tiles.group_matmul(f.phi, past.S, xp=xp)
+            if base is not None:
+                term = term * xp.exp(past.log - base)
+            top = top + (term if past.seen is None else xp.where(past.seen, term, 0.0))
+        out = _finish(how, x, f, top, base)
+        if ids is not None:
+            memory, keys = _last_segment(memory, keys, ids, xp)
+        return _absorb(memory, keys, xp), out
+
+    return step
+
+
+class Past(NamedTuple):
+    """A memory as the rows of a chunk see it."""
+
+    S: Array  # (..., Hkv, Dphi, Dv + 1)
+    log: Array | None  # (..., Hkv, 1, c | 1, 1), -inf where not seen
+    seen: Array | None  # (..., 1, 1, c, 1); None where every row does
+
+
+def _seen_past(memory: Memory, seen: Array | None, xp: Namespace) -> Past:
+    """Hide a memory from the rows of other segments."""
+    if memory.log is None:
+        return Past(memory.S, None, seen)
+    log = memory.log[..., None, None, None]
+    return Past(memory.S, log if seen is None else xp.where(seen, log, -math.inf), seen)
+
+
+def _largest_log(keys: Keys, visible: Array, pasts: list[Past], xp: Namespace) -> Array | None:
+    """The largest logarithm that each row sees, never one of its future, (..., Hkv, 1, c, 1)."""
+    if keys.log is None:
+        return None
+    log = xp.where(visible, keys.log[..., None, None, :], -math.inf)
+    base = xp.max(log, axis=-1, keepdims=True)
+    for past in pasts:
+        base = xp.maximum(base, past.log)
+    return _finite(loops.stop_gradient(base), xp)
+
+
+def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tuple[Memory, Keys]:
+    """Keep what belongs to the segment that goes on after this chunk."""
+    last = ids[..., -1:]
+    same, on = memory.ids[..., None] == last, (ids == last)[..., None, :]  # (..., 1, c)
+    S = xp.where(same[..., None, None], memory.S, 0.0)
+    phi, v = xp.where(on[..., None], keys.phi, 0.0), xp.where(on[..., None], keys.v, 0.0)
+    if memory.log is None:
+        return Memory(S, None, last[..., 0]), Keys(phi, None, v)
+    log = xp.where(same, memory.log, -math.inf)
+    return Memory(S, log, last[..., 0]), Keys(phi, xp.where(on, keys.log, -math.inf), v)
+
+
+def _finish(how: How, x: Operands, f: Features, top: Array, base: Array | None) -> Array:
+    """Divide by the normaliser, the last column, or leave the sums as they are."""
+    xp = how.xp
+    top, total = top[..., :-1], top[..., -1:]
+    if how.normalize:
+        empty = total == 0
+        # Two `where`: the quotient not taken must not spoil gradients either.
+        out = xp.where(empty, 0.0, top / xp.where(empty, 1.0, total))
+    else:
+        out = how.scale * top
+        if base is not None and f.log is not None:
+            out = out * xp.exp(base + f.log[..., None])
+    return xp.astype(out, x.q.dtype, copy=False)
+
+
+def _finite(log: Array, xp: Namespace) -> Array:
+    """0 where there is nothing yet: ``-inf - -inf`` is no number."""
+    return xp.where(log == -math.inf, 0.0, log)
+
+
+# -- The loop ---------------------------------------------------------------------------------
+
+
+def _over_chunks(
+    step: Callable[..., Any], carry: Any, parts: list[tuple[Array | None, int]], n: int, how: How
+) -> tuple[Any, Any]:
+    """
+    Fold `step` over chunks of `n` tokens; each of `parts` comes with the axis of its tokens.
+
+    A library that traces loops sees one step for all whole chunks and one for the rest, so
+    that it compiles as much for a long sequence as for a short one.
+    """
+    xp, size = how.xp, how.chunk
+
+    def cut(start: int, stop: int) -> tuple[Array | None, ...]:
+        tail = {-1: (), -2: (slice(None),)}
+        return tuple(
+            None if x is None else x[(..., slice(start, stop), *tail[axis])] for x, axis in parts
+        )
+
+    whole, outs = n // size * size, []
+    if loops.schedule(xp) == "scan" and whole > size:
+        xs = tuple(
+            None if x is None else _chunks_first(x, axis, size, whole, xp) for x, axis in parts
+        )
+        carry, ys = loops.scan(step, carry, xs, xp=xp)
+        outs = [] if ys is None else [_chunks_joined(ys, xp)]
+    else:
+        whole = 0
+    for start in range(whole, n, size):
+        carry, y = step(carry, cut(start, min(start + size, n)))
+        outs += [] if y is None else [y]
+    if not outs:
+        return carry, None
+    return carry, outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
+
+
+def _chunks_first(x: Array, axis: int, size: int, n: int, xp: Namespace) -> Array:
+    """(..., n, [D]) -> (n / size, ..., size, [D])."""
+    lead, tail = (x.shape[:-1], ()) if axis == -1 else (x.shape[:-2], x.shape[-1:])
+    x = x[..., :n] if axis == -1 else x[..., :n, :]
+    x = xp.reshape(x, (*lead, n // size, size, *tail))
+    return xp.moveaxis(x, len(lead), 0)
+
+
+def _chunks_joined(y: Array, xp: Namespace) -> Array:
+    """(chunks, ..., size, D) -> (..., chunks * size, D)."""
+    chunks, *lead, size, d = y.shape
+    return xp.reshape(xp.moveaxis(y, 0, -3), (*lead, chunks * size, d))

@@ -1,0 +1,208 @@
+"""Cutting arrays into tiles, and the products of a tile that must not leak."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from arrattn._core import loops
+from arrattn._core.typing import Array, Device, Namespace
+
+
+def take_range(x: Array, start: int | Array, size: int, *, axis: int, xp: Namespace) -> Array:
+    """
+    `x` from `start` on, `size` long, along `axis` (negative).
+
+    A length-1 axis broadcasts and is left as it is. Under tracing `start` is an array;
+    indices past the end then repeat the last entry, for the caller to hide.
+    """
+    if x.shape[axis] == 1:
+        return x
+    if isinstance(start, int):
+        index = (..., slice(start, start + size)) + (slice(None),) * (-axis - 1)
+        return x[index]
+    last = x.shape[axis] - 1
+    steps = xp.arange(size, dtype=start.dtype, device=loops.device_of(x))
+    index = xp.minimum(start + steps, xp.asarray(last, dtype=start.dtype))
+    return xp.take(x, index, axis=x.ndim + axis)
+
+
+def gather_last(x: Array, index: Array, *, xp: Namespace) -> Array:
+    """
+    ``x[..., index]`` with leading axes that broadcast, by one flattened take.
+
+    Parameters
+    ----------
+    x : array, shape (..., n)
+        Its leading axes may be 1 where those of `index` are not.
+    index : array of int, shape (..., m)
+        Values in ``[0, n)``.
+    xp : namespace
+        The arrays' namespace.
+
+    Returns
+    -------
+    array, shape (..., m)
+        The leading axes are those of `index` and `x`, broadcast.
+    """
+    lead = x.shape[:-1]
+    rows = xp.arange(math.prod(lead), dtype=index.dtype, device=loops.device_of(x))
+    flat = xp.reshape(rows, (*lead, 1)) * x.shape[-1] + index
+    taken = xp.take(xp.reshape(x, (-1,)), xp.reshape(flat, (-1,)), axis=0)
+    return xp.reshape(taken, flat.shape)
+
+
+class Pairs(Protocol):
+    """
+    Some (query, key) pairs, as a pattern sees them.
+
+    `p` and `j` are integer arrays that broadcast to ``(..., Hkv, G, nq, nk)``, two head
+    axes always. The three methods read the caller's arrays at these pairs.
+    """
+
+    p: Array
+    j: Array
+    xp: Namespace
+
+    def of_batch(self, x: Array) -> Array:
+        """``(...)`` over the batch axes -> broadcastable to the pairs."""
+
+    def of_queries(self, x: Array) -> Array:
+        """``(..., Nq)`` -> broadcastable to the pairs."""
+
+    def of_keys(self, x: Array) -> Array:
+        """``(..., Nk)`` -> broadcastable to the pairs."""
+
+    def of_pairs(self, x: Array) -> Array:
+        """``(..., Hkv, G, Nq, Nk)``, any of them 1 -> broadcastable to the pairs."""
+
+
+class _Rows:
+    """What both kinds of pairs share: the queries are a range."""
+
+    def __init__(
+        self, i0: int | Array, nq: int, offset: int | Array, *, xp: Namespace, device: Device
+    ) -> None:
+        self.xp, self.device, self.i0, self.nq = xp, device, i0, nq
+        i = xp.reshape(xp.arange(nq, device=device), (nq, 1)) + i0
+        self.p = i + offset  # (nq, 1) or (..., 1, 1, nq, 1)
+
+    def of_batch(self, x: Array) -> Array:
+        return self.xp.reshape(x, (*x.shape, 1, 1, 1, 1))
+
+    def of_queries(self, x: Array) -> Array:
+        rows = take_range(x, self.i0, self.nq, axis=-1, xp=self.xp)
+        return self.xp.reshape(rows, (*x.shape[:-1], 1, 1, rows.shape[-1], 1))
+
+
+class TilePairs(_Rows):
+    """Every pair of a range of queries and a range of keys."""
+
+    def __init__(
+        self,
+        i0: int | Array,
+        nq: int,
+        j0: int | Array,
+        nk: int,
+        offset: int | Array,
+        *,
+        xp: Namespace,
+        device: Device,
+    ) -> None:
+        super().__init__(i0, nq, offset, xp=xp, device=device)
+        self.j0, self.nk = j0, nk
+        self.j = xp.reshape(xp.arange(nk, device=device), (1, nk)) + j0
+
+    def of_keys(self, x: Array) -> Array:
+        cols = take_range(x, self.j0, self.nk, axis=-1, xp=self.xp)
+        return self.xp.reshape(cols, (*x.shape[:-1], 1, 1, 1, cols.shape[-1]))
+
+    def of_pairs(self, x: Array) -> Array:
+        rows = take_range(x, self.i0, self.nq, axis=-2, xp=self.xp)
+        return take_range(rows, self.j0, self.nk, axis=-1, xp=self.xp)
+
+
+class ChosenPairs(_Rows):
+    """A range of queries, each with keys of its own, ``j (..., Hkv, G, nq, m)``."""
+
+    def __init__(
+        self,
+        i0: int | Array,
+        j: Array,
+        offset: int | Array,
+        *,
+        xp: Namespace,
+        device: Device,
+    ) -> None:
+        super().__init__(i0, j.shape[-2], offset, xp=xp, device=device)
+        self.j = j
+
+    def of_keys(self, x: Array) -> Array:
+        lifted = self.xp.reshape(x, (*x.shape[:-1], 1, 1, 1, x.shape[-1]))
+        return gather_last(lifted, self.j, xp=self.xp)
+
+    def of_pairs(self, x: Array) -> Array:
+        rows = take_range(x, self.i0, self.nq, axis=-2, xp=self.xp)
+        return rows if x.shape[-1] == 1 else gather_last(rows, self.j, xp=self.xp)
+
+
+def group_matmul(rows: Array, keys: Array, *, xp: Namespace) -> Array:
+    """
+    ``(..., Hkv, G, n, d) @ (..., Hkv, d, m)``: one product per key head, no key repeated.
+    """
+    *lead, g, n, d = rows.shape
+    out = xp.matmul(xp.reshape(rows, (*lead, g * n, d)), keys)
+    return xp.reshape(out, (*out.shape[:-2], g, n, out.shape[-1]))
+
+
+def weigh(
+    p: Array,
+    v: Array,
+    visible: Array | None,
+    *,
+    xp: Namespace,
+    finite: bool | None = None,
+) -> Array:
+    """
+    Sum the values with weights `p`, so that no hidden value is ever multiplied.
+
+    A weight of 0 does not stop a NaN, so non-finite values are taken out of the product;
+    rows that do see one are made NaN, in that channel, afterwards.
+
+    Parameters
+    ----------
+    p : array, shape (..., Hkv, G, nq, nk)
+        Weights, 0 where hidden.
+    v : array, shape (..., Hkv, nk, Dv)
+        Values, of the dtype of `p`.
+    visible : array of bool or None
+        Broadcastable to the shape of `p`; None where every pair is visible.
+    xp : namespace
+        The arrays' namespace.
+    finite : bool, optional
+        Whether all of `v` is known to be finite; None when it is not known.
+
+    Returns
+    -------
+    array, shape (..., Hkv, G, nq, Dv)
+        The weighted sums.
+    """
+    if visible is None or finite:
+        return group_matmul(p, v, xp=xp)
+    bad = ~xp.isfinite(v)
+
+    def poison(visible: Array, bad: Array) -> Array:
+        seen = xp.astype(xp.broadcast_to(visible, p.shape), p.dtype)
+        return group_matmul(seen, xp.astype(bad, p.dtype), xp=xp) > 0
+
+    def clean(visible: Array, bad: Array) -> Array:
+        del visible
+        shape = (*xp.broadcast_arrays(p[..., :1, :1, :1, :1], bad[..., None, :1, :1])[0].shape,)
+        full = (*shape[:-3], p.shape[-3], p.shape[-2], v.shape[-1])
+        return xp.zeros(full, dtype=xp.bool, device=loops.device_of(v))
+
+    zero = xp.zeros((), dtype=v.dtype, device=loops.device_of(v))
+    out = group_matmul(p, xp.where(bad, zero, v), xp=xp)
+    hit = loops.cond(xp.any(bad), poison, clean, visible, bad, xp=xp)
+    nan = xp.asarray(math.nan, dtype=out.dtype, device=loops.device_of(v))
+    return xp.where(hit, nan, out)

@@ -1,0 +1,1 @@
+"""What ``arrattn compare`` runs: a real model, four families, one table."""

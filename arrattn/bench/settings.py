@@ -1,0 +1,205 @@
+"""What is to be compared: the options of ``arrattn compare``, checked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from arrattn.backends import DTYPES, FAMILIES, LIBRARIES
+
+__all__ = ["INSTALL_DEMO", "CannotRun", "Settings", "add_arguments", "read_settings"]
+
+INSTALL_DEMO = (
+    'install it with\n    pip install "arrattn[demo]"\n'
+    '(in a checkout: pip install -e ".[demo]"), or compare on random numbers, '
+    "which need no model:\n    arrattn compare --random"
+)
+LENGTHS = (1024, 2048, 4096, 8192)
+FEATURE_MAPS = ("elu_plus_one", "relu", "softmax")
+
+
+class CannotRun(Exception):  # noqa: N818 (it is told to a person, not traced)
+    """Why the comparison cannot run, in words for the one who asked for it."""
+
+
+class Settings(NamedTuple):
+    """
+    The options of one comparison.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Lengths N, growing.
+    families : tuple of str
+        Which families, dense first.
+    array : str
+        The array library's name, as `arrattn backends` lists it.
+    device : str or None
+        The library's name of a device; None is its default.
+    dtype : str
+        Of q, k and v.
+    causal : bool
+        Whether a query sees no later key.
+    heads : int or None
+        Query heads used; None is all there are.
+    layer : int
+        The model's layer whose q, k and v are captured, from 0.
+    repeat : int
+        Timed runs of each cell.
+    window : tuple of (int, int)
+        Of the local family.
+    feature_map : str
+        Of the linear family.
+    num_features : int
+        Random features of the softmax map.
+    seed : int
+        Of random inputs and random features.
+    random : bool
+        Random numbers instead of the model.
+    qkv : Path or None
+        The user's own arrays instead of the model.
+    plot : Path or None
+        Where the picture goes.
+    json : Path or None
+        Where the record goes.
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    families: tuple[str, ...] = FAMILIES
+    array: str = "numpy"
+    device: str | None = None
+    dtype: str = "float32"
+    causal: bool = False
+    heads: int | None = 4
+    layer: int = 3
+    repeat: int = 5
+    window: tuple[int, int] = (128, 128)
+    feature_map: str = "elu_plus_one"
+    num_features: int = 256
+    seed: int = 0
+    random: bool = False
+    qkv: Path | None = None
+    plot: Path | None = None
+    json: Path | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Add the options of ``arrattn compare``.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        The command's parser.
+    """
+    add = parser.add_argument
+    add("--lengths", type=_lengths, metavar="N,N,...", help="lengths (1024,2048,4096,8192)")
+    add("--families", type=_families, default=FAMILIES, metavar="NAME,...", help="(all four)")
+    names = [library.name for library in LIBRARIES]
+    add("--array", choices=names, default="numpy", help="the array library (numpy)")
+    add("--device", help="the library's name of a device, such as cuda (its default)")
+    add("--dtype", choices=DTYPES, default="float32", help="of q, k and v (float32)")
+    add("--causal", action="store_true", help="no query sees a later key")
+    add("--heads", type=_positive, help="query heads used (4; all with --qkv)")
+    add("--layer", type=_count, default=3, help="layer of the model, from 0 (3, of 0 to 5)")
+    add("--repeat", type=_positive, default=5, help="timed runs of each cell (5)")
+    add("--window", type=_window, metavar="L,R", help="of local (128,128; causal 256,0)")
+    add("--feature-map", choices=FEATURE_MAPS, default="elu_plus_one", help="of linear")
+    add("--num-features", type=_positive, default=256, help="of the softmax feature map (256)")
+    add("--seed", type=_count, default=0, help="of random inputs and features (0)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--qkv", type=Path, metavar="FILE.npz", help="your own arrays q, k, v")
+    source.add_argument("--random", action="store_true", help="random numbers: needs no model")
+    add("--plot", type=Path, metavar="FILE.png", help="write a picture")
+    add("--json", type=Path, metavar="FILE.json", help="write every number")
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """
+    Read the parsed options, filling in what depends on others.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        With the options of `add_arguments`.
+
+    Returns
+    -------
+    Settings
+        What is to be compared.
+
+    Raises
+    ------
+    CannotRun
+        If options contradict each other or a file could not be written.
+    """
+    for option, path in (("--plot", args.plot), ("--json", args.json)):
+        if path is not None and not path.absolute().parent.is_dir():
+            msg = f"{option} {path}: there is no folder {path.parent}"
+            raise CannotRun(msg)
+    window = args.window or ((256, 0) if args.causal else (128, 128))
+    return Settings(
+        lengths=args.lengths or LENGTHS,
+        families=args.families,
+        array=args.array,
+        device=args.device,
+        dtype=args.dtype,
+        causal=args.causal,
+        heads=args.heads or (4 if args.qkv is None else None),
+        layer=args.layer,
+        repeat=args.repeat,
+        window=window,
+        feature_map=args.feature_map,
+        num_features=args.num_features,
+        seed=args.seed,
+        random=args.random,
+        qkv=args.qkv,
+        plot=args.plot,
+        json=args.json,
+    )
+
+
+def _positive(text: str) -> int:
+    number = _whole(text)
+    if number < 1:
+        msg = f"expected a whole number of at least 1, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def _count(text: str) -> int:
+    number = _whole(text)
+    if number < 0:
+        msg = f"expected a whole number of at least 0, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return number
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        msg = f"expected a whole number, got {text!r}"
+        raise argparse.ArgumentTypeError(msg) from None
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(part) for part in text.split(",")}))
+
+
+def _families(text: str) -> tuple[str, ...]:
+    asked = [part.strip() for part in text.split(",")]
+    unknown = [name for name in asked if name not in FAMILIES]
+    if unknown:
+        msg = f"expected names from {', '.join(FAMILIES)}, got {', '.join(map(repr, unknown))}"
+        raise argparse.ArgumentTypeError(msg)
+    return tuple(name for name in FAMILIES if name in asked)
+
+
+def _window(text: str) -> tuple[int, int]:
+    parts = [_count(part) for part in text.split(",")]
+    if len(parts) != 2:
+        msg = f"expected two whole numbers LEFT,RIGHT, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return parts[0], parts[1]

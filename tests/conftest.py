@@ -1,0 +1,67 @@
+"""Fixtures and settings of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+# One thread per library: the suite's own workers use the cores. Before any import.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, given, settings
+from lanes import LANES, Lane
+
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, print_blob=True, database=None,
+    suppress_health_check=QUIET,
+)  # fmt: skip
+settings.register_profile(
+    "random", derandomize=False, deadline=None, print_blob=True, suppress_health_check=QUIET
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings that are global to a library; each is made once per process."""
+    del config
+    import array_api_strict
+    import jax
+    import torch
+
+    jax.config.update("jax_enable_x64", True)
+    torch.set_num_threads(1)
+    array_api_strict.set_array_api_strict_flags(
+        api_version="2024.12", boolean_indexing=False, data_dependent_shapes=False
+    )
+
+
+def _params(lanes: tuple[Lane, ...]) -> list[Any]:
+    return [
+        pytest.param(
+            lane, id=lane.name, marks=pytest.mark.skipif(bool(lane.missing), reason=lane.missing or "")
+        )
+        for lane in lanes
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """
+    Run a test that asks for `lane` on every way there is.
+
+    ``@pytest.mark.lanes("numpy", "jax")`` leaves only those; it is for what a lane cannot
+    even express, and says why beside it.
+    """
+    if "lane" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("lanes")
+    chosen = LANES if marker is None else tuple(x for x in LANES if x.name in marker.args)
+    metafunc.parametrize("lane", _params(chosen))
