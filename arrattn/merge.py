@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from arrattn._core import inputs, loops
-from arrattn._core.typing import Array
+from arrattn._core.typing import Array, Namespace
 
 __all__ = ["merge"]
 
@@ -83,5 +83,5 @@ def merge(parts: Sequence[tuple[Array, Array]], /) -> tuple[Array, Array]:
     return merged, xp.where(none, m, shift + xp.log(safe))
 
 
-def _weighted(out: Array, weight: Array, xp: inputs.Namespace) -> Array:
+def _weighted(out: Array, weight: Array, xp: Namespace) -> Array:
     return xp.astype(out, weight.dtype, copy=False) * weight[..., None]

@@ -141,14 +141,13 @@ class Pattern:
         array([[1, 1, 0],
                [1, 1, 1]])
         """
-        offset = nk - nq if q_offset is None else q_offset
+        offset: Any = nk - nq if q_offset is None else q_offset
         if not isinstance(offset, Integral):
             offset = xp.reshape(offset, (*offset.shape, 1, 1, 1, 1))
         pairs = TilePairs(0, nq, 0, nk, offset, xp=xp, device=device)
         seen = self.visible(pairs)
-        lead = seen.shape[:-2] if seen.ndim > 2 else ()
-        seen = xp.broadcast_to(seen, (*lead, nq, nk))
-        return xp.squeeze(seen, axis=-3) if lead else seen
+        seen = xp.broadcast_to(seen, (*seen.shape[:-2], nq, nk))
+        return xp.squeeze(seen, axis=-3) if seen.ndim > 2 else seen
 
     def __and__(self, other: Pattern) -> Pattern:
         """Pairs that both see."""
@@ -461,8 +460,6 @@ class Blocks(Pattern):
     def __init__(self, table: Array, size: int) -> None:
         object.__setattr__(self, "block_table", table)
         object.__setattr__(self, "size", size)
-        if isinstance(table, Slot):
-            return
         if not _is_array(table) or _dtype_name(table) != "bool" or table.ndim != 2:
             msg = f"table: expected a 2-dimensional array of bool, got {_brief(table)}"
             raise TypeError(msg)
@@ -645,7 +642,13 @@ def detach(pattern: Pattern | None, arrays: list[Array]) -> Pattern | None:
     """
     if pattern is None:
         return None
-    return _rebuilt(pattern, lambda x, _: (arrays.append(x), Slot(len(arrays) - 1))[1], _is_array)
+
+    def keep(x: Array, owner: Pattern) -> Slot:
+        del owner
+        arrays.append(x)
+        return Slot(len(arrays) - 1)
+
+    return _rebuilt(pattern, keep, _is_array)
 
 
 def attach(pattern: Pattern | None, arrays: tuple[Array, ...]) -> Pattern | None:
@@ -669,15 +672,11 @@ def _rebuilt(
     return new
 
 
-def pick(
-    pattern: Pattern | None, choose: Callable[..., Array]
-) -> Pattern | None:
+def pick(pattern: Pattern | None, choose: Callable[..., Array]) -> Pattern | None:
     """`pattern` with ``choose(x, trailing=n)`` for each array `x`; `n` axes are no batch axes."""
     if pattern is None:
         return None
-    return _rebuilt(
-        pattern, lambda x, owner: choose(x, trailing=owner.trailing), _is_array
-    )
+    return _rebuilt(pattern, lambda x, owner: choose(x, trailing=owner.trailing), _is_array)
 
 
 def both(*parts: Pattern | None) -> Pattern | None:
@@ -752,7 +751,9 @@ def _intersect(a: Span | None, b: Span | None, xp: Namespace) -> Span | None:
             return y if x is None else x
         if not _is_array(x) and not _is_array(y):
             return host(x, y)
-        return choose(*(z if _is_array(z) else _like(z, x if _is_array(x) else y, xp) for z in (x, y)))
+        return choose(
+            *(z if _is_array(z) else _like(z, x if _is_array(x) else y, xp) for z in (x, y))
+        )
 
     return tighter(a[0], b[0], xp.maximum, max), tighter(a[1], b[1], xp.minimum, min)
 

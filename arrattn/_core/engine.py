@@ -8,9 +8,8 @@ threads over (item, head, query tile), a Python loop over batched tiles, or a tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,21 +17,18 @@ from arrattn import patterns
 from arrattn._core import loops, online_softmax, staging
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import EMPTY, FULL, Plan, choose_tile, make_plan
+from arrattn._core.plan import PARTIAL, Plan, choose_tile, make_plan
 from arrattn._core.tiles import Pairs, TilePairs, group_matmul
 from arrattn._core.typing import Array, Namespace
-from arrattn.patterns import Pattern
 
 #: Scores held at once by one worker, as a count of numbers.
-BUDGET = {"threads": 1 << 18, "batched": 1 << 22, "scan": 1 << 22}
+BUDGET = {"threads": 1 << 17, "batched": 1 << 22, "scan": 1 << 22}
 
 #: Multiplications below which OpenBLAS keeps a product on one thread.
 SMALL = 1 << 18
 
 
-def attend(
-    call: SoftmaxInputs, *, tile: tuple[int, int] | None = None
-) -> tuple[Array, Array]:
+def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple[Array, Array]:
     """
     Softmax attention over all that the call's pattern makes visible.
 
@@ -111,9 +107,7 @@ def fold(
     visible = call.pattern.visible(pairs) if hide and call.pattern is not None else None
     known = True if visible is None else finite
     s = visible_scores(call, q, enter(call, k), pairs, known)
-    return online_softmax.absorb(
-        state, s, enter(call, v), visible, xp=call.xp, finite=known
-    )
+    return online_softmax.absorb(state, s, enter(call, v), visible, xp=call.xp, finite=known)
 
 
 def finish(call: SoftmaxInputs, state: State) -> tuple[Array, Array]:
@@ -134,9 +128,7 @@ def all_finite(call: SoftmaxInputs) -> bool | None:
 # -- NumPy: a pool of threads -----------------------------------------------------------------
 
 
-def _attend_threads(
-    call: SoftmaxInputs, tile: tuple[int, int] | None
-) -> tuple[Array, Array]:
+def _attend_threads(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
     (hkv, g), (nq, nk) = call.heads, call.lengths
     out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
     lse = np.empty((*call.batch, hkv, g, nq), call.acc)
@@ -166,26 +158,23 @@ def _tile_job(
     rows = call.q[..., i0:i1, :]
     state = start(call, rows, call.k, call.v)
     q = enter(call, rows, scale=call.scale)
-    for u in np.flatnonzero(plan.kinds[t]).tolist():
-        state = _fold_range(call, state, q, i0, plan.columns(u), plan.kinds[t, u], finite)
+    for run in plan.runs(t, BUDGET["threads"] // q.shape[-3]):
+        state = _fold_run(call, state, q, i0, run, finite)
     out[:, i0:i1], lse[:, i0:i1] = (x[0] for x in finish(call, state))
 
 
-def _fold_range(
+def _fold_run(
     call: SoftmaxInputs,
     state: State,
     q: Array,
     i0: int,
-    keys: tuple[int, int],
-    kind: int,
+    run: tuple[int, int, bool],
     finite: bool | None,
 ) -> State:
-    j0, j1 = keys
+    j0, j1, hide = run
     k, v = call.k[..., j0:j1, :], call.v[..., j0:j1, :]
-    pairs = TilePairs(
-        i0, q.shape[-2], j0, j1 - j0, call.offset, xp=call.xp, device=call.device
-    )
-    return fold(call, state, q, k, v, pairs, hide=kind != FULL, finite=finite)
+    pairs = TilePairs(i0, q.shape[-2], j0, j1 - j0, call.offset, xp=call.xp, device=call.device)
+    return fold(call, state, q, k, v, pairs, hide=hide, finite=finite)
 
 
 def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
@@ -228,50 +217,47 @@ def _pick(x: Array, b: tuple[int, ...], trailing: int) -> Array:
 # -- torch, CuPy, Dask and others: batched tiles ----------------------------------------------
 
 
-def _attend_batched(
-    call: SoftmaxInputs, tile: tuple[int, int] | None
-) -> tuple[Array, Array]:
-    xp, (nq, nk) = call.xp, call.lengths
-    plan = make_plan(
-        call.pattern, nq, nk, call.offset, tile or _batched_tile(call, "batched")
-    ).merged()
-    finite = True if (plan.kinds != 1).all() else all_finite(call)
+def _attend_batched(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
+    xp, (nq, nk), lanes = call.xp, call.lengths, _lanes(call)
+    shape = tile or choose_tile(
+        call.pattern, nq, nk, call.offset, lanes=lanes, budget=BUDGET["batched"]
+    )
+    plan = make_plan(call.pattern, nq, nk, call.offset, shape).merged()
+    finite = all_finite(call) if (plan.kinds == PARTIAL).any() else True
     outs, lses = [], []
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
         rows = call.q[..., i0:i1, :]
         state = start(call, rows, call.k, call.v)
         q = enter(call, rows, scale=call.scale)
-        for u in np.flatnonzero(plan.kinds[t]).tolist():
-            state = _fold_range(call, state, q, i0, plan.columns(u), plan.kinds[t, u], finite)
+        for run in plan.runs(t, BUDGET["batched"] // lanes):
+            state = _fold_run(call, state, q, i0, run, finite)
         out, lse = finish(call, state)
         outs.append(out)
         lses.append(lse)
     return xp.concat(outs, axis=-2), xp.concat(lses, axis=-1)
 
 
-def _batched_tile(call: SoftmaxInputs, kind: str) -> tuple[int, int]:
-    lanes = math.prod(call.batch) * math.prod(call.heads)
-    return choose_tile(
-        call.pattern, *call.lengths, call.offset, lanes=lanes, budget=BUDGET[kind]
-    )
+def _lanes(call: SoftmaxInputs) -> int:
+    return math.prod((*call.batch, *call.heads))
 
 
 # -- JAX: a traced scan -----------------------------------------------------------------------
 
 
-def _attend_scan(
-    call: SoftmaxInputs, tile: tuple[int, int] | None
-) -> tuple[Array, Array]:
+def _attend_scan(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
     nq, nk = call.lengths
-    bq, bk = tile or _batched_tile(call, "scan")
+    bq, bk = tile or choose_tile(
+        call.pattern, nq, nk, call.offset, lanes=_lanes(call), budget=BUDGET["scan"]
+    )
     bq, bk = min(bq, nq), min(bk, nk)
     # Short last tiles are padded, and the padding hidden as any other key is.
     if nk % bk:
         call = call._replace(pattern=patterns.both(call.pattern, patterns.Prefix(nk)))
     plan = make_plan(call.pattern, nq, -(-nk // bk) * bk, call.offset, (bq, bk)).merged()
     tables = tuple(call.xp.asarray(x) for x in plan.visits())
-    return staging.traced(_scan_tiles, call, (bq, bk), tables)
+    out, lse = staging.traced(_scan_tiles, call, (bq, bk), tables)
+    return out, lse
 
 
 def _scan_tiles(
@@ -282,7 +268,8 @@ def _scan_tiles(
     body = partial(_scan_row, call, k_tiles, v_tiles, bk)
     starts = xp.arange(visits.shape[0], dtype=visits.dtype) * bq
     tiles = (stack_tiles(call.q, bq, xp), starts, visits, kinds)
-    return unstack_rows(*loops.map_rematerialised(body, tiles), call.lengths[0], xp)
+    out, lse = loops.map_rematerialised(body, tiles)
+    return unstack_rows(out, lse, call.lengths[0], xp)
 
 
 def _scan_row(
@@ -293,9 +280,7 @@ def _scan_row(
 
     def visit(state: State, at: tuple[Array, Array]) -> tuple[State, None]:
         u, kind = at
-        pairs = TilePairs(
-            i0, q.shape[-2], u * bk, bk, call.offset, xp=call.xp, device=None
-        )
+        pairs = TilePairs(i0, q.shape[-2], u * bk, bk, call.offset, xp=call.xp, device=None)
 
         def skip(state: State) -> State:
             return state
@@ -330,10 +315,13 @@ def unstack_rows(out: Array, lse: Array, nq: int, xp: Namespace) -> tuple[Array,
     return out[..., :nq, :], lse[..., :nq]
 
 
-def _attend_blocks(
-    call: SoftmaxInputs, tile: tuple[int, int] | None
-) -> tuple[Array, Array]:
+def _attend_blocks(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
     return staging.blockwise(partial(attend, tile=tile), call)
 
 
-SCHEDULES = {"threads": _attend_threads, "batched": _attend_batched, "scan": _attend_scan, "blocks": _attend_blocks}
+SCHEDULES = {
+    "threads": _attend_threads,
+    "batched": _attend_batched,
+    "scan": _attend_scan,
+    "blocks": _attend_blocks,
+}

@@ -159,9 +159,7 @@ def describe(x: object) -> str:
 # -- One namespace, one device ----------------------------------------------------------------
 
 
-def read_namespace(
-    named: dict[str, Any], reasons: Reasons
-) -> tuple[Namespace, Device]:
+def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, Device]:
     """The one library and device of the arrays; raises if there are several or none."""
     for name in ("q", "k", "v"):
         if not is_array(named[name]):
@@ -235,9 +233,7 @@ def read_qkv(
     if hk != hv:
         reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}), got {hv}")
     if hq != hk and (hk == 0 or hq % hk):
-        reasons.add(
-            ValueError, f"q: expected heads Hq a multiple of Hkv ({hk}), got {hq}"
-        )
+        reasons.add(ValueError, f"q: expected heads Hq a multiple of Hkv ({hk}), got {hq}")
     batch: tuple[int, ...] = ()
     try:
         batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])

@@ -89,7 +89,11 @@ def stop_gradient(x: Array) -> Array:
 
 
 def cond(
-    predicate: Array, yes: Callable[..., Array], no: Callable[..., Array], *args: Array, xp: Namespace
+    predicate: Array,
+    yes: Callable[..., Array],
+    no: Callable[..., Array],
+    *args: Array,
+    xp: Namespace,
 ) -> Array:
     """``yes(*args) if predicate else no(*args)``, also where the predicate is traced or lazy."""
     known = truth(predicate)
@@ -173,7 +177,8 @@ def scan(
     if compat.is_jax_namespace(xp):
         import jax
 
-        return jax.lax.scan(step, carry, xs)
+        folded: tuple[Any, Any] = jax.lax.scan(step, carry, xs)
+        return folded
     ys = []
     for t in range(xs[0].shape[0]):
         carry, y = step(carry, tuple(x[t, ...] for x in xs))
@@ -201,12 +206,11 @@ def map_rematerialised(body: Callable[..., Any], xs: Any) -> Any:
 def _compiled(function: Callable[..., Any], static: Hashable) -> Callable[..., Any]:
     import jax
 
-    return jax.jit(partial(function, static))
+    compiled: Callable[..., Any] = jax.jit(partial(function, static))
+    return compiled
 
 
-def staged(
-    function: Callable[..., Any], static: Hashable, operands: Any, *, xp: Namespace
-) -> Any:
+def staged(function: Callable[..., Any], static: Hashable, operands: Any, *, xp: Namespace) -> Any:
     """
     ``function(static, operands)``; on JAX compiled once for each `static` and shape.
 
@@ -242,14 +246,19 @@ def map_blocks(
     def spell(groups: list[list[str]]) -> str:
         return ",".join(f"({','.join(g)})" for g in groups)
 
-    flat = dict(zip(sum(outs, []), sum(map(list, sizes), []), strict=True))
-    return da.apply_gufunc(
+    flat = {
+        name: n
+        for out, size in zip(outs, sizes, strict=True)
+        for name, n in zip(out, size, strict=True)
+    }
+    results: tuple[Array, ...] = da.apply_gufunc(
         function,
         f"{spell(names)}->{spell(outs)}",
         *arrays,
         output_sizes=flat,
         meta=tuple(da.utils.meta_from_array(arrays[0], dtype=dtype) for _ in sizes),
     )
+    return results
 
 
 # -- Threads, for NumPy -----------------------------------------------------------------------

@@ -18,9 +18,9 @@ from arrattn.patterns import FAR, Pattern, Rectangles
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
-#: Tile shapes to choose from, and what starting a tile costs, counted in pairs.
+#: Tile shapes to choose from, and what starting a run of tiles costs, counted in pairs.
 TILES = ((512, 256), (256, 256), (128, 128), (64, 64))
-TILE_OVERHEAD = 1 << 13
+RUN_OVERHEAD = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,27 @@ class Plan:
     def columns(self, u: int) -> tuple[int, int]:
         """Key range of key tile `u`."""
         return u * self.tile[1], min((u + 1) * self.tile[1], self.nk)
+
+    def runs(self, t: int, pairs: int) -> list[tuple[int, int, bool]]:
+        """
+        Query tile `t`'s visits as key ranges ``(j0, j1, hide)``.
+
+        Neighbouring tiles go together while a run has at most `pairs` pairs; `hide` is
+        False where every pair of the run is visible.
+        """
+        kinds = self.kinds[t]
+        most = max(1, pairs // (self.tile[0] * self.tile[1]))
+        runs: list[tuple[int, int, bool]] = []
+        first = last = -2
+        for u in np.flatnonzero(kinds).tolist():
+            hide = bool(kinds[u] != FULL)
+            if u == last + 1 and u - first < most:
+                runs[-1] = (runs[-1][0], self.columns(u)[1], runs[-1][2] or hide)
+            else:
+                first = u
+                runs.append((*self.columns(u), hide))
+            last = u
+        return runs
 
     def visits(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """
@@ -138,8 +159,8 @@ def choose_tile(
     The tile shape that promises the least work on this pattern.
 
     A few query tiles are looked at for each candidate: pairs visited, plus a fixed cost for
-    every tile. `lanes` score matrices are computed at once, and together they may hold
-    `budget` numbers.
+    every run of tiles that is computed at once. `lanes` score matrices are computed side by
+    side, and together they may hold `budget` numbers.
     """
     fitting = [t for t in TILES if t[0] * t[1] * lanes <= budget] or [TILES[-1]]
     if pattern is None or max(nq, nk) <= TILES[-1][0]:
@@ -151,6 +172,7 @@ def choose_tile(
         cols = np.arange(0, nk, tile[1])
         some, _ = _classify(pattern, looked, cols, nq, nk, offset, tile)
         visits = float(some.sum()) * len(starts) / max(len(looked), 1)
-        return visits * (tile[0] * tile[1] * lanes + TILE_OVERHEAD)
+        pairs = visits * tile[0] * tile[1] * lanes
+        return pairs + RUN_OVERHEAD * max(len(starts), pairs / budget)
 
     return min(fitting, key=cost)

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn import patterns
 from arrattn._core import engine, loops, online_softmax, staging
 from arrattn._core.grouped import Grouping, group, grouped_matmul
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import make_plan
-from arrattn._core.tiles import ChosenPairs, TilePairs, group_matmul, take_range, weigh
+from arrattn._core.tiles import ChosenPairs, TilePairs, group_matmul
 from arrattn._core.typing import Array, Namespace
 
 #: Numbers that one worker may hold for the keys its rows look at.
@@ -121,9 +120,7 @@ def routed_blocks(
     )
 
 
-def _holds_visible(
-    call: SoftmaxInputs, choice: Choice, pairs: TilePairs, block: Array
-) -> Array:
+def _holds_visible(call: SoftmaxInputs, choice: Choice, pairs: TilePairs, block: Array) -> Array:
     """Whether each block holds a key that each query sees."""
     xp, nk, size = call.xp, call.lengths[1], choice.block
     if call.pattern is None:
@@ -149,10 +146,11 @@ def seen_by_any(call: SoftmaxInputs) -> Array | None:
     Whether any query sees each key, (..., Hkv | 1, G | 1, 1, Nk); None where all are seen.
     """
     xp, (nq, nk) = call.xp, call.lengths
-    if call.pattern is None:
+    pattern = call.pattern
+    if pattern is None:
         return None
     pairs = TilePairs(0, 1, 0, nk, call.offset, xp=xp, device=call.device)
-    span = call.pattern.query_span(pairs)
+    span = pattern.query_span(pairs)
     if span is not None:
         lo, hi = pairs.p, pairs.p + nq
         lo = lo if span[0] is None else xp.maximum(lo, span[0])
@@ -161,8 +159,7 @@ def seen_by_any(call: SoftmaxInputs) -> Array | None:
 
     def seen_in(i0: int | Array, n: int) -> Array:
         at = TilePairs(i0, n, 0, nk, call.offset, xp=xp, device=call.device)
-        assert call.pattern is not None
-        seen = call.pattern.visible(at)
+        seen = pattern.visible(at)
         seen = xp.broadcast_to(seen, (*seen.shape[:-2], n, nk))
         return xp.any(seen, axis=-2, keepdims=True)
 
@@ -189,10 +186,10 @@ def block_means(call: SoftmaxInputs, choice: Choice) -> Array:
     if seen is None:
         seen = xp.ones((1, nk), dtype=xp.bool, device=call.device)
     seen = xp.matrix_transpose(seen)  # (..., Hkv | 1, G | 1, Nk, 1)
-    totals = xp.sum(_blocked(xp.where(seen, k, xp.zeros_like(k)), choice.block, axis=-2, xp=xp), axis=-2)
-    counts = xp.sum(
-        _blocked(xp.astype(seen, call.acc), choice.block, axis=-2, xp=xp), axis=-2
+    totals = xp.sum(
+        _blocked(xp.where(seen, k, xp.zeros_like(k)), choice.block, axis=-2, xp=xp), axis=-2
     )
+    counts = xp.sum(_blocked(xp.astype(seen, call.acc), choice.block, axis=-2, xp=xp), axis=-2)
     return totals / xp.maximum(counts, xp.ones_like(counts))
 
 
@@ -253,19 +250,13 @@ def _exhaustive_tile(
     state = engine.start(call, rows, call.k, call.v)
     if j0 == j1:
         return engine.finish(call, state)
-    pairs = TilePairs(
-        i0, rows.shape[-2], j0, j1 - j0, call.offset, xp=xp, device=call.device
-    )
-    s = engine.visible_scores(
-        call, engine.enter(call, rows, scale=call.scale), k, pairs, finite
-    )
+    pairs = TilePairs(i0, rows.shape[-2], j0, j1 - j0, call.offset, xp=xp, device=call.device)
+    s = engine.visible_scores(call, engine.enter(call, rows, scale=call.scale), k, pairs, finite)
     own = own_block(pairs.p, choice, nk, xp=xp) == pairs.j // choice.block
     visible = xp.ones_like(own) if call.pattern is None else call.pattern.visible(pairs)
     best = top_mask(s, visible & ~own, choice.top_k, xp=xp)
     seen = (visible & own) | best
-    return engine.finish(
-        call, online_softmax.absorb(state, s, v, seen, xp=xp, finite=finite)
-    )
+    return engine.finish(call, online_softmax.absorb(state, s, v, seen, xp=xp, finite=finite))
 
 
 def _routed_tile(
@@ -380,9 +371,7 @@ def _hulls(call: SoftmaxInputs, choice: Choice, rows: int) -> list[tuple[int, in
     return hulls
 
 
-def _select_threads(
-    call: SoftmaxInputs, choice: Choice, rows: int | None
-) -> tuple[Array, Array]:
+def _select_threads(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
     (hkv, g), (nq, _) = call.heads, call.lengths
     out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
     lse = np.empty((*call.batch, hkv, g, nq), call.acc)
@@ -397,8 +386,15 @@ def _select_threads(
             loops.run_jobs(
                 [
                     partial(
-                        _rows_job, head, choice, keys, slice(i0, min(i0 + step, nq)), finite,
-                        None if hulls is None else hulls[t], out[b][h], lse[b][h],
+                        _rows_job,
+                        head,
+                        choice,
+                        keys,
+                        slice(i0, min(i0 + step, nq)),
+                        finite,
+                        None if hulls is None else hulls[t],
+                        out[b][h],
+                        lse[b][h],
                     )
                     for t, i0 in enumerate(range(0, nq, step))
                 ]
@@ -420,9 +416,7 @@ def _rows_job(
     out[:, at], lse[:, at] = (x[0] for x in tile)
 
 
-def _select_batched(
-    call: SoftmaxInputs, choice: Choice, rows: int | None
-) -> tuple[Array, Array]:
+def _select_batched(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
     xp, nq = call.xp, call.lengths[0]
     lanes = math.prod((*call.batch, *call.heads))
     step = rows or _rows_at_once(call, choice, "batched", lanes)
@@ -430,7 +424,12 @@ def _select_batched(
     keys, finite = prepare(call, choice), engine.all_finite(call)
     tiles = [
         select_tile(
-            call, choice, keys, call.q[..., i0 : i0 + step, :], i0, finite,
+            call,
+            choice,
+            keys,
+            call.q[..., i0 : i0 + step, :],
+            i0,
+            finite,
             None if hulls is None else hulls[t],
         )
         for t, i0 in enumerate(range(0, nq, step))
@@ -439,12 +438,11 @@ def _select_batched(
     return xp.concat(outs, axis=-2), xp.concat(lses, axis=-1)
 
 
-def _select_scan(
-    call: SoftmaxInputs, choice: Choice, rows: int | None
-) -> tuple[Array, Array]:
+def _select_scan(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
     lanes = math.prod((*call.batch, *call.heads))
     step = rows or _rows_at_once(call, choice, "scan", lanes)
-    return staging.traced(_scan_selected, call, (choice, min(step, call.lengths[0])))
+    out, lse = staging.traced(_scan_selected, call, (choice, min(step, call.lengths[0])))
+    return out, lse
 
 
 def _scan_selected(
@@ -460,12 +458,11 @@ def _scan_selected(
 
     tiles = engine.stack_tiles(call.q, step, xp)
     starts = xp.arange(tiles.shape[0]) * step
-    return engine.unstack_rows(*loops.map_rematerialised(body, (tiles, starts)), nq, xp)
+    out, lse = loops.map_rematerialised(body, (tiles, starts))
+    return engine.unstack_rows(out, lse, nq, xp)
 
 
-def _select_blocks(
-    call: SoftmaxInputs, choice: Choice, rows: int | None
-) -> tuple[Array, Array]:
+def _select_blocks(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
     return staging.blockwise(partial(attend_selected, choice=choice, rows=rows), call)
 
 

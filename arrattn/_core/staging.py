@@ -117,7 +117,12 @@ def blockwise(
     own: list[Array] = []
     skeleton = patterns.detach(call.pattern, own)
     layout: list[int] = []
-    patterns.pick(call.pattern, lambda x, trailing: (layout.append(trailing), x)[1])
+
+    def note_layout(x: Array, trailing: int) -> Array:
+        layout.append(trailing)
+        return x
+
+    patterns.pick(call.pattern, note_layout)
     for x, kept in zip(own, layout, strict=True):
         note(x, min(kept, 3), has_head=kept == 4)
 

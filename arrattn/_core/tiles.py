@@ -63,6 +63,7 @@ class Pairs(Protocol):
     p: Array
     j: Array
     xp: Namespace
+    device: Device
 
     def of_batch(self, x: Array) -> Array:
         """``(...)`` over the batch axes -> broadcastable to the pairs."""

@@ -89,8 +89,8 @@ def load_model(xp: Namespace = np, device: Any = None) -> MiniLM:
         If the model's package, ``safetensors`` or ``tokenizers`` is missing.
     """
     try:
-        from safetensors import safe_open  # noqa: PLC0415 (an optional extra)
-        from tokenizers import Tokenizer  # noqa: PLC0415
+        from safetensors import safe_open
+        from tokenizers import Tokenizer
     except ImportError as error:
         message = f"the model needs the package {error.name}; {INSTALL_DEMO}"
         raise CannotRun(message) from error

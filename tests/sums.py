@@ -1,0 +1,182 @@
+"""Calls of linear attention, and how far their results may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from lanes import Lane
+from softmax import as_held
+from strategies import Case, broadcast, id_arrays, over_batch, shapes, values
+from tolerance import C, accumulation, eps, largest, longest
+
+from arrattn import LinearState, feature_maps, linear_attention, reference
+from arrattn._core import recurrence
+from arrattn.feature_maps import FeatureMap, Features, read_map
+
+RANDOM = ("softmax", "gaussian", "trigonometric", "laplacian")
+MAPS = ("elu_plus_one", "relu", "identity", "square", *RANDOM)
+NON_NEGATIVE = ("elu_plus_one", "relu", "square", "softmax", "gaussian")
+
+
+def square(x: Any) -> Any:
+    """Map as a user might write one."""
+    return x * x + 1.0
+
+
+def make_map(name: str, dim: int, num_features: int = 8, rng: int = 3) -> Any:
+    """Build a feature map by name, as `linear_attention` takes it."""
+    drawn: dict[str, Any] = {"dim": dim, "num_features": num_features, "rng": rng}
+    if name == "softmax":
+        return feature_maps.softmax(**drawn)
+    if name == "laplacian":
+        return feature_maps.laplacian(8.0, **drawn)
+    if name in ("gaussian", "trigonometric"):
+        features = "positive" if name == "gaussian" else name
+        return feature_maps.gaussian(3.0, features=features, **drawn)
+    plain = {"identity": None, "square": square}
+    return plain[name] if name in plain else getattr(feature_maps, name)
+
+
+@contextmanager
+def chunks_of(size: int) -> Iterator[None]:
+    """Small chunks bring out every edge in small examples."""
+    before, recurrence.CHUNK = recurrence.CHUNK, size
+    try:
+        yield
+    finally:
+        recurrence.CHUNK = before
+
+
+@st.composite
+def linear_cases(draw: st.DrawFn, *, state: bool = True, maps: tuple[str, ...] = MAPS) -> Case:
+    """Draw a call of linear attention; the map by its name."""
+    q_shape, k_shape, v_shape = draw(shapes())
+    seed = draw(st.integers(0, 999))
+    rng = np.random.default_rng(seed)
+    how = draw(st.sampled_from(("plain", "tied", "zero")))
+    case = Case(
+        values(how, q_shape, rng),
+        values(how, k_shape, rng),
+        rng.normal(size=v_shape),
+        how=f"{how} values of seed {seed}",
+    )
+    (nq, nk), options = case.lengths, case.options
+    options["feature_map"] = draw(st.sampled_from(maps))
+    options["is_causal"] = draw(st.booleans())
+    names = ("key_mask", "kv_lengths", "segment_ids", "unnormalized", "initial_state")
+    for name in draw(st.lists(st.sampled_from(names), max_size=3, unique=True)):
+        if name == "key_mask":
+            options[name] = rng.random((*draw(broadcast(case.batch)), nk)) < 0.7
+        elif name == "kv_lengths":
+            options[name] = draw(over_batch(case.batch, 0, nk))
+        elif name == "segment_ids":
+            ids = draw(id_arrays(nq, nk, case.batch))
+            options[name] = ids[0] if nq == nk and draw(st.booleans()) else ids
+        elif name == "unnormalized":
+            options |= {"normalize": False, "scale": draw(st.sampled_from((0.7, -2.0)))}
+        elif state:
+            options[name] = some_state(case, rng)
+    return case
+
+
+def some_state(case: Case, rng: np.random.Generator) -> LinearState:
+    """Make a state as a past of a few tokens might leave it."""
+    d = case.q.shape[-1]
+    dphi = read_map(make_map(case.options["feature_map"], d)).output_dim(d)
+    lead = (*case.batch, *(case.heads[1:] if case.q.ndim > 2 else ()))
+    z = np.abs(rng.normal(size=(*lead, dphi)))
+    return LinearState(rng.normal(size=(*lead, dphi, case.v.shape[-1])), z)
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """Give the options of a call, with the map itself for its name."""
+    name = case.options["feature_map"]
+    return case.options | {"feature_map": make_map(name, case.q.shape[-1])}
+
+
+def check_linear(lane: Lane, case: Case, *, dtype: str = "float64") -> None:
+    """Assert that output and state are the float64 reference's, to rounding."""
+    options = options_of(case) | {"return_state": True}
+    out, state = lane.call(linear_attention, *case.arrays, dtype=dtype, **options)
+    held = as_held(case, dtype)
+    expected, after = reference.linear_attention(*held.arrays, **options)
+    errors = linear_errors(held, dtype, expected)
+    lane.check(out, expected, dtype=dtype, within=errors[0])
+    acc = accumulation(dtype)
+    for got, want, within in zip(state, after, errors[1:], strict=True):
+        lane.check(got, want, dtype=acc, within=within)
+
+
+class Norms(FeatureMap):
+    """The length of another map's features, one bound for all products with them."""
+
+    name = "norms"
+
+    def __init__(self, of: FeatureMap) -> None:
+        self.of = of
+
+    def output_dim(self, dim: int) -> int:
+        return 1
+
+    def phi(self, x: Any, xp: Any, weights: Any = None) -> Features:
+        phi, log = self.of.phi(x, xp)
+        return Features(np.sqrt(np.sum(phi * phi, axis=-1, keepdims=True)), log)
+
+    def kernel(self, x: Any, y: Any) -> Any:
+        return self.phi(x, np).phi @ self.phi(y, np).phi.swapaxes(-1, -2)
+
+
+def linear_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:
+    """
+    How far output, `S` and `z` may be off: forward error of sums of products.
+
+    Sums of ``a_i b_i`` carry an error of ``eps |a| |b|``, features one of `eps` times their
+    exponent; a quotient has the errors of both its sums over the size of the lower one.
+    """
+    options = options_of(case)
+    phi = read_map(options["feature_map"])
+    unit = C * eps(accumulation(dtype)) * (1 + exponent(phi, case))
+    state, norms = options.pop("initial_state", None), Norms(phi)
+    plain = options | {"normalize": False, "scale": 1.0}
+    ones, top_v = np.ones_like(case.v[..., :1]), np.full_like(case.v[..., :1], largest(case.v))
+    lower_state = bound_state = ones_state = None
+    if state is not None:
+        z_norm = np.linalg.norm(state.z, axis=-1, keepdims=True)
+        S_norm = np.linalg.norm(state.S, axis=-2).max(-1, initial=0.0)[..., None, None]
+        lower_state = LinearState(state.z[..., None], state.z)
+        ones_state = LinearState(z_norm[..., None], z_norm)
+        bound_state = LinearState(S_norm, z_norm)
+    by_norms = plain | {"feature_map": norms}
+    upper, after = reference.linear_attention(
+        case.q, case.k, top_v, initial_state=bound_state, return_state=True, **by_norms
+    )
+    if options.get("normalize", True):
+        total = reference.linear_attention(
+            case.q, case.k, ones, initial_state=lower_state, **plain
+        )
+        size = reference.linear_attention(
+            case.q, case.k, ones, initial_state=ones_state, **by_norms
+        )
+        least = np.where(total == 0, np.inf, np.abs(total))
+        within = unit * (upper + np.abs(out) * size) / least
+        # Where the lower sum is all error, the quotient can be anything.
+        within = np.where(unit * size > 0.1 * least, np.inf, within)
+    else:
+        within = unit * abs(options.get("scale", 1.0)) * upper
+    if dtype != accumulation(dtype):
+        within = within + eps(dtype) * np.abs(out)
+    return within, unit * after.S, unit * after.z
+
+
+def exponent(phi: FeatureMap, case: Case) -> float:
+    """Bound the exponents and angles that a map's features are made of."""
+    x = max(longest(case.q), longest(case.k))
+    weights = phi.weights(np.zeros(1), np)
+    if weights is None:
+        return x + case.q.shape[-1]
+    factor = phi._factor
+    return longest(weights.T) * factor * x + 2 * (factor * x) ** 2 + phi.num_features

@@ -1,0 +1,350 @@
+"""Linear attention against its defining equation, and the laws that need no equation."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from lanes import Lane, close
+from laws import for_all
+from strategies import Case
+from sums import (
+    MAPS,
+    NON_NEGATIVE,
+    check_linear,
+    chunks_of,
+    linear_cases,
+    linear_errors,
+    make_map,
+    options_of,
+)
+
+from arrattn import LinearState, feature_maps, linear_attention, reference
+
+CHUNKS = st.sampled_from((1, 2, 3, 5, 128))
+
+
+@for_all(case=linear_cases(), chunk=CHUNKS)
+def test_equals_the_reference(lane: Lane, case: Case, chunk: int) -> None:
+    with chunks_of(chunk):
+        check_linear(lane, case)
+
+
+@for_all(
+    case=linear_cases(state=False), dtype=st.sampled_from(("float32", "float16", "bfloat16"))
+)
+def test_equals_the_reference_in_every_dtype(lane: Lane, case: Case, dtype: str) -> None:
+    if dtype in lane.dtypes:
+        with chunks_of(3):
+            check_linear(lane, case, dtype=dtype)
+
+
+@pytest.mark.parametrize("nq", [1, 127, 300])
+@pytest.mark.parametrize("nk", [129, 257])
+@pytest.mark.parametrize("name", ["elu_plus_one", "softmax"])
+def test_lengths_around_the_real_chunk(lane: Lane, nq: int, nk: int, name: str) -> None:
+    rng = np.random.default_rng(nq + nk)
+    q, k = rng.normal(size=(2, 4, nq, 8)), rng.normal(size=(2, 2, nk, 8))
+    case = Case(q, k, rng.normal(size=(2, 2, nk, 5)), {"feature_map": name, "is_causal": True})
+    check_linear(lane, case)
+
+
+@for_all(case=linear_cases(), chunk=CHUNKS)
+def test_chunks_do_not_change_meaning(lane: Lane, case: Case, chunk: int) -> None:
+    options = options_of(case)
+    with chunks_of(chunk):
+        a = lane.to_numpy(lane.call(linear_attention, *case.arrays, dtype="float64", **options))
+    b = lane.to_numpy(lane.call(linear_attention, *case.arrays, dtype="float64", **options))
+    close(a, b, within=2 * linear_errors(case, "float64", b)[0])
+
+
+def self_attention(name: str, n: int = 11, seed: int = 0) -> Case:
+    rng = np.random.default_rng(seed)
+    q, k, v = rng.normal(size=(2, 4, n, 3)), rng.normal(size=(2, 2, n, 3)), rng.normal(size=(2, n, 5))
+    return Case(q, k, v, {"feature_map": name, "is_causal": True})
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_equals_the_steps(lane: Lane, name: str) -> None:
+    case = self_attention(name)
+    options = {"feature_map": make_map(name, 3)}
+    expected, after = reference.linear_steps(*case.arrays, **options)
+    with chunks_of(4):
+        out, state = lane.call(
+            linear_attention, *case.arrays, dtype="float64", is_causal=True, return_state=True,
+            **options,
+        )  # fmt: skip
+    errors = linear_errors(case, "float64", expected)
+    lane.check(out, expected, dtype="float64", within=errors[0])
+    lane.check(state.S, after.S, dtype="float64", within=errors[1])
+    lane.check(state.z, after.z, dtype="float64", within=errors[2])
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("cut", [0, 1, 4, 7, 11])
+def test_state_hands_over(lane: Lane, name: str, cut: int) -> None:
+    case = self_attention(name)
+    options: dict[str, Any] = {"feature_map": make_map(name, 3), "is_causal": True}
+    q, k, v = (lane.asarray(x, "float64") for x in case.arrays)
+    with chunks_of(3):
+        whole, end = linear_attention(q, k, v, return_state=True, **options)
+        first, state = linear_attention(
+            *(x[..., :cut, :] for x in (q, k, v)), return_state=True, **options
+        )
+        second, last = linear_attention(
+            *(x[..., cut:, :] for x in (q, k, v)), initial_state=state, return_state=True, **options
+        )
+    got = np.concatenate([lane.to_numpy(first), lane.to_numpy(second)], axis=-2)
+    whole = lane.to_numpy(whole)
+    errors = linear_errors(case, "float64", whole)
+    close(got, whole, within=2 * errors[0])
+    close(lane.to_numpy(last.S), lane.to_numpy(end.S), within=2 * errors[1])
+    close(lane.to_numpy(last.z), lane.to_numpy(end.z), within=2 * errors[2])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["elu_plus_one", "softmax"])
+def test_packed_equals_one_by_one(lane: Lane, name: str, is_causal: bool) -> None:
+    case = self_attention(name, n=17)
+    options: dict[str, Any] = {"feature_map": make_map(name, 3), "is_causal": is_causal}
+    ids = np.asarray([5] * 4 + [2] * 1 + [9] * 8 + [0] * 4)
+    with chunks_of(3):
+        out = lane.call(
+            linear_attention, *case.arrays, dtype="float64", segment_ids=ids, **options
+        )
+    got = lane.to_numpy(out)
+    for segment in np.unique(ids):
+        q, k, v = (x[..., ids == segment, :] for x in case.arrays)
+        alone = Case(q, k, v, {"feature_map": name, "is_causal": is_causal})
+        expected = reference.linear_attention(q, k, v, **options)
+        within = linear_errors(alone, "float64", expected)[0]
+        close(got[..., ids == segment, :], expected, within=within)
+
+
+@pytest.mark.parametrize("factor", [3.0, 1e3, np.nan])
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_future_cannot_change_the_past(
+    lane: Lane, name: str, factor: float, dtype: str
+) -> None:
+    case = self_attention(name)
+    options: dict[str, Any] = {"feature_map": make_map(name, 3), "is_causal": True}
+    k, v = case.k.copy(), case.v.copy()
+    k[..., -1, :] *= factor
+    v[..., -1, :] *= factor
+    with chunks_of(4):
+        before = lane.call(linear_attention, *case.arrays, dtype=dtype, **options)
+        after = lane.call(linear_attention, case.q, k, v, dtype=dtype, **options)
+    before, after = lane.to_numpy(before)[..., :-1, :], lane.to_numpy(after)[..., :-1, :]
+    # A NaN is taken out of the products, another order of sums: rounding may differ.
+    expected = reference.linear_attention(*case.arrays, **options)
+    within = 2 * linear_errors(case, dtype, expected)[0][..., :-1, :] if factor != factor else 0.0
+    close(after, before, within=within)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_hidden_keys_and_values_reach_nobody(
+    lane: Lane, name: str, poison: float, is_causal: bool
+) -> None:
+    case = self_attention(name)
+    there = np.asarray([True] * 3 + [False] * 2 + [True] * 5 + [False])
+    ids = np.asarray([0] * 4 + [1] * 3 + [0] * 4)
+    hidden = {"key_mask": there, "segment_ids": ids}
+    options = {"feature_map": make_map(name, 3), "is_causal": is_causal} | hidden
+    expected, after = reference.linear_attention(*case.arrays, return_state=True, **options)
+    bad = Case(case.q, case.k.copy(), case.v.copy(), case.options | options | case.options)
+    bad.k[..., ~there, :] = poison
+    bad.v[..., ~there, :] = poison
+    ones = ids == 1  # seen by the rows of segment 1, and by no other
+    bad.v[..., ones, 2] = poison
+    with chunks_of(4):
+        out, state = lane.call(
+            linear_attention, *bad.arrays, dtype="float64", return_state=True, **options
+        )
+    clean = Case(*case.arrays, case.options | {"is_causal": is_causal} | hidden)
+    errors = linear_errors(clean, "float64", expected)
+    got, other = lane.to_numpy(out), [0, 1, 3, 4]
+    close(got[..., ~ones, :], expected[..., ~ones, :], within=errors[0][..., ~ones, :])
+    at = np.ix_(range(2), range(4), np.flatnonzero(ones), other)
+    close(got[at], expected[at], within=np.broadcast_to(errors[0], expected.shape)[at])
+    spoiled = ones & there
+    assert not np.isfinite(got[:, :, spoiled, 2]).any()
+    S = lane.to_numpy(state.S)
+    close(S[..., other], after.S[..., other], within=np.broadcast_to(errors[1], S.shape)[..., other])
+
+
+@for_all(case=linear_cases(state=False, maps=NON_NEGATIVE))
+def test_weights_are_those_of_a_mean(lane: Lane, case: Case) -> None:
+    options = options_of(case) | {"normalize": True}
+    v = np.concatenate([case.v, np.ones_like(case.v[..., :1])], axis=-1)
+    with chunks_of(3):
+        out = lane.call(linear_attention, case.q, case.k, v, dtype="float64", **options)
+    got = lane.to_numpy(out)
+    within = linear_errors(Case(case.q, case.k, v, case.options | {"normalize": True}), "float64", got)
+    seen = np.abs(got[..., -1:]) > 0.5
+    assert np.all(np.where(seen, np.abs(got[..., -1:] - 1) <= within[0], got == 0))
+    if case.v.size:
+        assert np.all(got[..., :-1] <= np.max(case.v, initial=0.0) + within[0])
+        assert np.all(got[..., :-1] >= np.min(case.v, initial=0.0) - within[0])
+
+
+def test_no_tokens_leave_the_state_as_it_was(lane: Lane) -> None:
+    q, k, v = np.zeros((2, 4, 0, 3)), np.zeros((2, 2, 0, 3)), np.zeros((2, 2, 0, 5))
+    for name in ("elu_plus_one", "softmax"):
+        options = {"feature_map": make_map(name, 3), "is_causal": True, "return_state": True}
+        width = 3 if name == "elu_plus_one" else 8
+        out, state = lane.call(linear_attention, q, k, v, dtype="float32", **options)
+        lane.check(out, np.zeros((2, 4, 0, 5)), dtype="float32", within=0.0)
+        lane.check(state.S, np.zeros((2, 2, width, 5)), dtype="float32", within=0.0)
+        some = LinearState(np.ones((2, 2, width, 5)), np.ones((2, 2, width)))
+        _, state = lane.call(
+            linear_attention, q, k, v, dtype="float32", initial_state=some, **options
+        )
+        lane.check(state.S, some.S, dtype="float32", within=0.0)
+        lane.check(state.z, some.z, dtype="float32", within=0.0)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (2, 0, 5), (0, 5)])
+def test_no_items_and_no_heads(lane: Lane, shape: tuple[int, ...]) -> None:
+    x = np.zeros((*shape, 3))
+    for options in ({}, {"is_causal": True}, {"segment_ids": np.zeros(shape[-1], int)}):
+        with chunks_of(2):
+            out = lane.call(linear_attention, x, x, x, dtype="float64", **options)
+        lane.check(out, x, dtype="float64", within=0.0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gaussian"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_features_of_any_size_stay_in_range(lane: Lane, name: str, is_causal: bool) -> None:
+    # Features of single precision end at e^88; these exponents reach some thousands.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 9, 1)) * 40.0
+    case = Case(x, np.abs(x), x, {"feature_map": name, "is_causal": is_causal})
+    with chunks_of(4):
+        check_linear(lane, case, dtype="float32")
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "empty rows", "segments", "no keys"])
+@pytest.mark.parametrize("name", ["elu_plus_one", "relu", "softmax", "trigonometric"])
+@pytest.mark.lanes("torch", "torch-cuda", "jax", "jax-gpu")  # the libraries with gradients
+def test_gradients_are_those_of_the_reference(
+    lane: Lane, name: str, mode: str, is_causal: bool
+) -> None:
+    case = self_attention(name)
+    options: dict[str, Any] = {"feature_map": make_map(name, 3), "is_causal": is_causal}
+    if mode == "empty rows":
+        options["key_mask"] = np.arange(11) > 3
+    if mode == "no keys":
+        options["key_mask"] = np.arange(11) > 11
+    if mode == "segments":
+        options["segment_ids"] = np.asarray([0, 1, 2, 0, 1, 2, 0, 1, 1, 1, 7])
+    with chunks_of(4):
+        got = gradients(lane, linear_attention, case, options)
+    expected = gradients(lane, reference.linear_attention, case, options)
+    for a, b in zip(got, expected, strict=True):
+        assert np.isfinite(a).all()
+        # Both sides differentiate the same sums; their condition is that of the sums.
+        close(a, b, within=1e-9 * (1 + np.abs(b).max()))
+
+
+def gradients(lane: Lane, function: Any, case: Case, options: dict[str, Any]) -> list[Any]:
+    options = {
+        n: lane.asarray(x) if isinstance(x, np.ndarray) else x for n, x in options.items()
+    }
+    arrays = [lane.asarray(x, "float64") for x in case.arrays]
+    if lane.declared.name == "torch":
+        arrays = [x.requires_grad_() for x in arrays]
+        (function(*arrays, **options) ** 2).sum().backward()
+        return [lane.to_numpy(x.grad) for x in arrays]
+    import jax
+
+    def loss(*arrays: Any) -> Any:
+        return (function(*arrays, **options) ** 2).sum()
+
+    return [lane.to_numpy(g) for g in jax.grad(loss, argnums=(0, 1, 2))(*arrays)]
+
+
+def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
+    import jax
+
+    def lines(n: int) -> int:
+        x = jax.numpy.zeros((2, n, 4))
+        return len(str(jax.make_jaxpr(lambda x: linear_attention(x, x, x, is_causal=True))(x)).splitlines())
+
+    assert lines(1000) == lines(8000)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_working_memory_does_not_grow_with_the_length(is_causal: bool) -> None:
+    def beyond_outputs(n: int) -> int:
+        x = np.ones((2, n, 32), np.float32)
+        fm = feature_maps.softmax(dim=32, num_features=256, rng=0)
+        tracemalloc.start()
+        linear_attention(x, x, x, feature_map=fm, is_causal=is_causal)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak - 2 * x.nbytes  # the chunks of the output, and the output joined
+
+    assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)
+
+
+def test_a_function_may_change_between_calls() -> None:
+    import jax.numpy as jnp
+
+    class Powers:
+        power = 1.0
+
+        def __call__(self, x: Any) -> Any:
+            return abs(x) ** self.power
+
+    phi, x = Powers(), jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    before = linear_attention(x, x, x, feature_map=phi)
+    phi.power = 2.0
+    assert not jnp.allclose(before, linear_attention(x, x, x, feature_map=phi))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"feature_map": 3}, TypeError, "feature_map: expected one of"),
+        ({"feature_map": feature_maps.softmax}, TypeError, "call it: softmax"),
+        ({"feature_map": feature_maps.gaussian}, TypeError, "call it: gaussian"),
+        (
+            {"feature_map": feature_maps.softmax(dim=5, num_features=4, rng=0)},
+            ValueError,
+            "expected dim=3",
+        ),
+        ({"feature_map": lambda x: x[..., 0]}, ValueError, "to map"),
+        ({"initial_state": np.zeros((3, 2))}, TypeError, "initial_state: expected a LinearState"),
+        (
+            {"initial_state": LinearState(np.zeros((2, 2, 7, 5)), np.zeros((2, 2, 3)))},
+            ValueError,
+            "initial_state.S: expected shape",
+        ),
+        (
+            {
+                "initial_state": LinearState(
+                    np.zeros((2, 2, 3, 5), np.float32), np.zeros((2, 2, 3))
+                )
+            },
+            TypeError,
+            "initial_state.S: expected the accumulation dtype",
+        ),
+        ({"key_mask": np.ones((2, 11))}, TypeError, "key_mask: expected an array of bool"),
+        ({"key_mask": np.ones((2, 4, 11), bool)}, ValueError, "key_mask: expected shape"),
+        ({"kv_lengths": 12}, ValueError, "kv_lengths: expected values from 0"),
+        ({"scale": "big"}, TypeError, "scale: expected a real number"),
+        ({"normalize": 1}, TypeError, "normalize: expected True or False"),
+    ],
+)
+def test_bad_input_is_named(
+    options: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        linear_attention(*self_attention("relu").arrays, **options)
