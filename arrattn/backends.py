@@ -192,9 +192,16 @@ LIBRARIES: tuple[Library, ...] = (
         namespace="array_api_compat.dask.array",
         packages=("dask",),
         install='pip install "arrattn[dask]"',
-        dtypes=("float64", "float32", "float16"),
+        dtypes=DTYPES,
         devices=(Device("cpu"),),
         lazy=True,
+        schedule="one task for each block of the graph",
+        limits=(
+            Limit(
+                what="bfloat16 arrays are those of the package `ml_dtypes`",
+                why="its chunks are NumPy arrays",
+            ),
+        ),
     ),
     Library(
         name="array-api-strict",

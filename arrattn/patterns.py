@@ -147,7 +147,10 @@ class Pattern:
         pairs = TilePairs(0, nq, 0, nk, offset, xp=xp, device=device)
         seen = self.visible(pairs)
         seen = xp.broadcast_to(seen, (*seen.shape[:-2], nq, nk))
-        return xp.squeeze(seen, axis=-3) if seen.ndim > 2 else seen
+        if seen.ndim == 2:
+            return seen
+        # One head axis is enough to broadcast; without batch axes, none is.
+        return xp.squeeze(seen, axis=-3 if seen.ndim > 4 else (-4, -3))
 
     def __and__(self, other: Pattern) -> Pattern:
         """Pairs that both see."""

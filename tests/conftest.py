@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes time
     torch.set_num_threads(1)
     array_api_strict.set_array_api_strict_flags(
         api_version="2024.12", boolean_indexing=False, data_dependent_shapes=False

@@ -17,7 +17,7 @@ from arrattn import patterns
 from arrattn._core import loops, online_softmax, staging
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import PARTIAL, Plan, choose_tile, make_plan
+from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
 from arrattn._core.tiles import Pairs, TilePairs, group_matmul
 from arrattn._core.typing import Array, Namespace
 
@@ -64,7 +64,7 @@ def visible_scores(
     """
     xp = call.xp
     if finite:
-        return adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp), pairs)
+        return adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores"), pairs)
     bad = ~xp.all(xp.isfinite(k), axis=-1)
     k = xp.where(bad[..., None], xp.zeros_like(k), k)
     s = adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp), pairs)
@@ -255,6 +255,9 @@ def _attend_scan(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Arr
     if nk % bk:
         call = call._replace(pattern=patterns.both(call.pattern, patterns.Prefix(nk)))
     plan = make_plan(call.pattern, nq, -(-nk // bk) * bk, call.offset, (bq, bk)).merged()
+    if plan.kinds.size == 1:
+        out, lse = staging.traced(_one_tile, call, bool(plan.kinds.flat[0] != FULL))
+        return out, lse
     tables = tuple(call.xp.asarray(x) for x in plan.visits())
     out, lse = staging.traced(_scan_tiles, call, (bq, bk), tables)
     return out, lse
@@ -270,6 +273,15 @@ def _scan_tiles(
     tiles = (stack_tiles(call.q, bq, xp), starts, visits, kinds)
     out, lse = loops.map_rematerialised(body, tiles)
     return unstack_rows(out, lse, call.lengths[0], xp)
+
+
+def _one_tile(call: SoftmaxInputs, hide: bool, tables: tuple[()]) -> tuple[Array, Array]:
+    """A call of a single tile: no loop to compile."""
+    del tables
+    state = start(call, call.q, call.k, call.v)
+    q = enter(call, call.q, scale=call.scale)
+    run = (0, call.lengths[1], hide)
+    return finish(call, _fold_run(call, state, q, 0, run, None))
 
 
 def _scan_row(

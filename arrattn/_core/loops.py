@@ -7,6 +7,7 @@ fallback. No other module of the core names an array library.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -199,6 +200,8 @@ def map_rematerialised(body: Callable[..., Any], xs: Any) -> Any:
     """
     import jax
 
+    if xs[0].shape[0] == 1:  # no loop to compile
+        return jax.tree.map(lambda y: y[None], body(tuple(x[0] for x in xs)))
     return jax.lax.map(jax.checkpoint(body), xs)
 
 
@@ -259,6 +262,53 @@ def map_blocks(
         meta=tuple(da.utils.meta_from_array(arrays[0], dtype=dtype) for _ in sizes),
     )
     return results
+
+
+# -- Work space, for NumPy --------------------------------------------------------------------
+#
+# A fresh array of a few hundred KiB costs NumPy more in page faults than the arithmetic that
+# fills it. These four do in place, in memory that each thread keeps, what the others do
+# with new arrays. Their first argument must be no array of the caller's.
+
+_kept = threading.local()
+_KEPT_AT_MOST = 1 << 20
+
+
+def product(a: Array, b: Array, slot: str, *, xp: Namespace) -> Array:
+    """``a @ b``; on NumPy it lives until this thread's next product in the same `slot`."""
+    if not compat.is_numpy_namespace(xp):
+        return xp.matmul(a, b)
+    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    size = math.prod(shape)
+    if size > _KEPT_AT_MOST:
+        return np.matmul(a, b)
+    key = (slot, a.dtype)
+    held: dict[Any, Any] = _kept.__dict__
+    if key not in held or held[key].size < size:
+        held[key] = np.empty(size, a.dtype)
+    return np.matmul(a, b, out=held[key][:size].reshape(shape))
+
+
+def hide(s: Array, visible: Array, *, xp: Namespace) -> Array:
+    """`s` where `visible`, else ``-inf``."""
+    if compat.is_numpy_namespace(xp) and s.flags.writeable:
+        np.copyto(s, -math.inf, where=~visible)
+        return s
+    return xp.where(visible, s, xp.asarray(-math.inf, dtype=s.dtype, device=device_of(s)))
+
+
+def exp_shifted(s: Array, shift: Array, *, xp: Namespace) -> Array:
+    """``exp(s - shift)``."""
+    if compat.is_numpy_namespace(xp) and s.flags.writeable:
+        return np.exp(np.subtract(s, shift, out=s), out=s)
+    return xp.exp(s - shift)
+
+
+def rescale_add(o: Array, factor: Array, more: Array, *, xp: Namespace) -> Array:
+    """``o * factor + more``."""
+    if compat.is_numpy_namespace(xp) and o.flags.writeable and o.shape == more.shape:
+        return np.add(np.multiply(o, factor, out=o), more, out=o)
+    return o * factor + more
 
 
 # -- Threads, for NumPy -----------------------------------------------------------------------

@@ -52,9 +52,11 @@ def absorb(
 
     `finite` says whether `v` is known to be finite.
     """
-    return absorb_with(
-        state, s, visible, lambda p, seen: weigh(p, v, seen, xp=xp, finite=finite), xp=xp
-    )
+
+    def weighted(p: Array, seen: Array | None) -> Array:
+        return weigh(p, v, seen, xp=xp, finite=finite, slot="values")
+
+    return absorb_with(state, s, visible, weighted, xp=xp)
 
 
 def absorb_with(
@@ -68,18 +70,19 @@ def absorb_with(
     """
     Add a tile of scores whose values are summed by ``weighted(p, visible)``.
 
-    Hidden scores leave the sum.
+    Hidden scores leave the sum. `s` is used up.
     """
     if visible is not None:
-        s = xp.where(visible, s, xp.asarray(-math.inf, dtype=s.dtype, device=loops.device_of(s)))
+        s = loops.hide(s, visible, xp=xp)
     # The result does not depend on the maximum, so gradients need not pass through it.
     top = loops.stop_gradient(xp.max(s, axis=-1, keepdims=True))
     m = xp.maximum(state.m, top)
     shift = _finite(m, xp=xp)
-    p = xp.exp(s - shift)
+    p = loops.exp_shifted(s, shift, xp=xp)
     decay = xp.exp(state.m - shift)
     total = state.l * decay + xp.sum(p, axis=-1, keepdims=True)
-    return State(m, total, state.o * decay + weighted(p, visible))
+    o = loops.rescale_add(state.o, decay, weighted(p, visible), xp=xp)
+    return State(m, total, o)
 
 
 def merge(a: State, b: State, *, xp: Namespace) -> State:

@@ -147,12 +147,15 @@ class ChosenPairs(_Rows):
         return rows if x.shape[-1] == 1 else gather_last(rows, self.j, xp=self.xp)
 
 
-def group_matmul(rows: Array, keys: Array, *, xp: Namespace) -> Array:
+def group_matmul(rows: Array, keys: Array, *, xp: Namespace, slot: str | None = None) -> Array:
     """
     ``(..., Hkv, G, n, d) @ (..., Hkv, d, m)``: one product per key head, no key repeated.
+
+    With a `slot` it is short-lived: see `loops.product`.
     """
     *lead, g, n, d = rows.shape
-    out = xp.matmul(xp.reshape(rows, (*lead, g * n, d)), keys)
+    rows = xp.reshape(rows, (*lead, g * n, d))
+    out = xp.matmul(rows, keys) if slot is None else loops.product(rows, keys, slot, xp=xp)
     return xp.reshape(out, (*out.shape[:-2], g, n, out.shape[-1]))
 
 
@@ -163,6 +166,7 @@ def weigh(
     *,
     xp: Namespace,
     finite: bool | None = None,
+    slot: str | None = None,
 ) -> Array:
     """
     Sum the values with weights `p`, so that no hidden value is ever multiplied.
@@ -182,6 +186,8 @@ def weigh(
         The arrays' namespace.
     finite : bool, optional
         Whether all of `v` is known to be finite; None when it is not known.
+    slot : str, optional
+        For a result that is used up at once: see `loops.product`.
 
     Returns
     -------
@@ -189,7 +195,7 @@ def weigh(
         The weighted sums.
     """
     if visible is None or finite:
-        return group_matmul(p, v, xp=xp)
+        return group_matmul(p, v, xp=xp, slot=slot)
     bad = ~xp.isfinite(v)
 
     def poison(visible: Array, bad: Array) -> Array:

@@ -215,6 +215,7 @@ def _grown(title: str, cells: Sequence[Cell]) -> Table:
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    made.padding = (0, 1, 0, 0)  # eight columns in eighty characters
     for title_ in table.HEAD:
         justify: Any = "left" if title_ == "family" else "right"
         made.add_column(title_, justify=justify, no_wrap=True)
@@ -232,6 +233,7 @@ def _summary(body: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
 
     made = Table(box=SIMPLE_HEAD)
+    made.padding = (0, 1, 0, 0)
     for title in table.SUMMARY_HEAD:
         made.add_column(title, overflow="fold")
     for row in body:

@@ -98,8 +98,8 @@ def gelu(x: Array, /, *, xp: Namespace) -> Array:
     --------
     >>> import numpy as np
     >>> from arrattn.bench.erf import gelu
-    >>> gelu(np.asarray([-10.0, 0.0, 10.0]), xp=np)
-    array([-7.66...e-08,  0.0...e+00,  1.0...e+01])
+    >>> np.round(gelu(np.asarray([-10.0, 0.0, 1.0]), xp=np), 6) + 0.0
+    array([0.      , 0.      , 0.841345])
     """
     return 0.5 * x * (1.0 + erf(x * 0.7071067811865476, xp=xp))
 

@@ -90,9 +90,7 @@ def _local(settings: Settings) -> Family:
     window = settings.window
 
     def call(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-        return local_attention(
-            q, k, v, window=window, is_causal=settings.causal, return_lse=True
-        )
+        return local_attention(q, k, v, window=window, is_causal=settings.causal, return_lse=True)
 
     left, right = window
     words = f"{left} keys before, {right} after" if right else f"{left} keys before"
@@ -101,10 +99,13 @@ def _local(settings: Settings) -> Family:
 
 def _sparse(settings: Settings) -> Family:
     def call(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-        return sparse_attention(q, k, v, is_causal=settings.causal, return_lse=True)
+        return sparse_attention(
+            q, k, v, top_k=settings.top_k, is_causal=settings.causal, return_lse=True
+        )
 
-    words = "own block of sqrt(N) keys and the best sqrt(N) keys of 8 blocks"
-    return Family("sparse", call, words, {"block_size": None, "top_k": None, "route": 8})
+    best = "sqrt(N)" if settings.top_k is None else str(settings.top_k)
+    words = f"own block of sqrt(N) keys, best {best} of 8 more blocks"
+    return Family("sparse", call, words, {"top_k": settings.top_k})
 
 
 def _linear(settings: Settings, width: int) -> Family:

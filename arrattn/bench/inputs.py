@@ -144,7 +144,9 @@ def _load(path: Path) -> dict[str, Host]:
         msg = f"--qkv {path}: there is no such file"
         raise CannotRun(msg) from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        msg = f"--qkv {path}: expected an .npz file with arrays q, k, v; it cannot be read ({error})"
+        msg = (
+            f"--qkv {path}: expected an .npz file with arrays q, k, v; it cannot be read ({error})"
+        )
         raise CannotRun(msg) from error
 
 
@@ -165,9 +167,7 @@ def _three_axes(array: Host) -> Host:
     return array.reshape((1, *array.shape)[-3:])
 
 
-def _disagreements(
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]
-) -> list[str]:
+def _disagreements(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> list[str]:
     """What is wrong with the three shapes together."""
     reasons = []
     if q[2] != k[2]:

@@ -16,7 +16,7 @@ from arrattn.bench.libraries import Driver
 from arrattn.bench.memory import Peak
 from arrattn.bench.settings import Settings
 
-__all__ = ["Cell", "held_mass", "measure", "relative_error"]
+__all__ = ["Cell", "held_mass", "mean_of_values", "measure", "relative_error"]
 
 Host = np.ndarray[Any, Any]
 
@@ -43,6 +43,8 @@ class Cell(NamedTuple):
         Against dense, ``|o - o_dense| / |o_dense|``.
     mass : float or None
         Share of dense attention's probability that the visible keys hold.
+    mean_error : float
+        What `error` would be for the plain mean of the values that dense sees.
     """
 
     family: str
@@ -52,6 +54,7 @@ class Cell(NamedTuple):
     peak: Peak
     error: float
     mass: float | None
+    mean_error: float
 
     @property
     def median(self) -> float:
@@ -84,28 +87,44 @@ def measure(
     families = choose_families(settings, inputs.q.shape[-1])
     for n in settings.lengths:
         arrays = tuple(driver.put(x[:, :n]) for x in (inputs.q, inputs.k, inputs.v))
-        baseline: tuple[Host, ...] | None = None
+        mean = mean_of_values(inputs.v[:, :n], inputs.q.shape[0], causal=settings.causal)
+        truth: tuple[Host, ...] | None = None
         if "dense" not in settings.families:
             progress(f"N = {n:,}: dense", "once, to measure errors against")
             call, _ = driver.prepare(dense(settings).call, arrays)
-            baseline = _fetch(driver, driver.wait(call(*arrays)))
+            truth = _fetch(driver, driver.wait(call(*arrays)))
         for family in families:
-            cell, outs = _measure_one(settings, family, n, arrays, baseline, driver, progress)
-            baseline = outs if baseline is None else baseline
-            yield cell
+            timed, outs = _run_one(settings, family, arrays, driver, progress)
+            truth = outs if truth is None else truth
+            yield Cell(
+                family=family.name,
+                length=n,
+                times=timed.times,
+                compile_seconds=timed.compile_seconds,
+                peak=timed.peak,
+                error=relative_error(outs[0], truth[0]),
+                mass=held_mass(outs[1], truth[1]) if len(outs) > 1 else None,
+                mean_error=relative_error(mean, truth[0]),
+            )
 
 
-def _measure_one(
+class _Timed(NamedTuple):
+    """What the clock and the allocator say of one family at one length."""
+
+    times: tuple[float, ...]
+    compile_seconds: float
+    peak: Peak
+
+
+def _run_one(
     settings: Settings,
     family: Family,
-    n: int,
     arrays: tuple[Array, ...],
-    baseline: tuple[Host, ...] | None,
     driver: Driver,
     progress: Progress,
-) -> tuple[Cell, tuple[Host, ...]]:
+) -> tuple[_Timed, tuple[Host, ...]]:
     """Compile, run once for the values, time, and run once more for the memory."""
-    place = f"N = {n:,}: {family.name}"
+    place = f"N = {arrays[0].shape[-2]:,}: {family.name}"
     progress(place, "first run")
     call, compile_seconds = driver.prepare(family.call, arrays)
     outs = _fetch(driver, driver.wait(call(*arrays)))
@@ -116,17 +135,38 @@ def _measure_one(
         driver.wait(call(*arrays))
         times.append(time.perf_counter() - start)
     progress(place, "memory")
-    truth = outs if baseline is None else baseline
-    cell = Cell(
-        family=family.name,
-        length=n,
-        times=tuple(times),
-        compile_seconds=compile_seconds,
-        peak=driver.peak(call, arrays),
-        error=relative_error(outs[0], truth[0]),
-        mass=held_mass(outs[1], truth[1]) if len(outs) > 1 else None,
-    )
-    return cell, outs
+    return _Timed(tuple(times), compile_seconds, driver.peak(call, arrays)), outs
+
+
+def mean_of_values(v: Host, heads: int, *, causal: bool) -> Host:
+    """
+    Average the values that dense attention sees: the answer that knows no query.
+
+    Parameters
+    ----------
+    v : ndarray, shape (Hkv, N, Dv)
+        Values.
+    heads : int
+        Query heads, a multiple of `Hkv`.
+    causal : bool
+        Whether a row sees no later value.
+
+    Returns
+    -------
+    ndarray, shape (heads, N, Dv)
+        In float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from arrattn.bench.measure import mean_of_values
+    >>> mean_of_values(np.asarray([[[1.0], [3.0]]]), 1, causal=True)[0, :, 0]
+    array([1., 2.])
+    """
+    v = np.repeat(v.astype(np.float64), heads // v.shape[0], axis=0)
+    if causal:
+        return np.cumsum(v, axis=1) / np.arange(1, v.shape[1] + 1)[:, None]
+    return np.broadcast_to(np.mean(v, axis=1, keepdims=True), v.shape)
 
 
 def relative_error(out: Host, truth: Host) -> float:

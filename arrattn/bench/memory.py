@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 from arrattn._core.typing import Array, Namespace
 
-__all__ = ["Peak", "cupy_hooked", "highest", "jax_planned", "torch_counted", "torch_profiled", "traced"]
+__all__ = [
+    "Peak",
+    "cupy_hooked",
+    "highest",
+    "jax_planned",
+    "torch_counted",
+    "torch_profiled",
+    "traced",
+]
 
 Run = Callable[[], tuple[Array, ...]]
 
@@ -25,13 +33,13 @@ class Peak(NamedTuple):
 
     Attributes
     ----------
-    bytes : int or None
-        None where it cannot be found honestly.
+    size : int or None
+        Bytes; None where it cannot be found honestly.
     how : str
         How it was found, or why not.
     """
 
-    bytes: int | None
+    size: int | None
     how: str
 
 
@@ -60,7 +68,7 @@ def traced(run: Run) -> Peak:
     finally:
         if not already:
             tracemalloc.stop()
-    return Peak(max(peak - before - _size(outs), 0), "tracemalloc")
+    return Peak(max(peak - before - _outputs(outs), 0), "tracemalloc")
 
 
 def torch_profiled(run: Run) -> Peak:
@@ -87,7 +95,7 @@ def torch_profiled(run: Run) -> Peak:
     events = [event for event in results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak = highest(event.nbytes() for event in events)
-    return Peak(max(peak - _size(outs), 0), "torch profiler")
+    return Peak(max(peak - _outputs(outs), 0), "torch profiler")
 
 
 def torch_counted(run: Run, device: Any) -> Peak:
@@ -111,7 +119,7 @@ def torch_counted(run: Run, device: Any) -> Peak:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     outs = run()
-    peak = torch.cuda.max_memory_allocated(device) - before - _size(outs)
+    peak = torch.cuda.max_memory_allocated(device) - before - _outputs(outs)
     return Peak(max(peak, 0), "torch.cuda.max_memory_allocated")
 
 
@@ -154,7 +162,7 @@ def cupy_hooked(run: Run, cupy: Namespace) -> Peak:
     """
     sizes: list[int] = []
 
-    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc] (CuPy is untyped)
+    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc]  # CuPy is untyped
         name = "arrattn"
 
         def malloc_postprocess(self, **event: int) -> None:
@@ -165,7 +173,7 @@ def cupy_hooked(run: Run, cupy: Namespace) -> Peak:
 
     with Hook():
         outs = run()
-    return Peak(max(highest(sizes) - _size(outs), 0), "hook on CuPy's memory pool")
+    return Peak(max(highest(sizes) - _outputs(outs), 0), "hook on CuPy's memory pool")
 
 
 def highest(changes: Iterable[int]) -> int:
@@ -195,5 +203,5 @@ def highest(changes: Iterable[int]) -> int:
     return top
 
 
-def _size(outs: Iterable[Array]) -> int:
+def _outputs(outs: Iterable[Array]) -> int:
     return sum(int(out.nbytes) for out in outs if hasattr(out, "nbytes"))

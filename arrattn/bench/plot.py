@@ -38,16 +38,20 @@ def draw(path: Path, cells: Sequence[Cell], title: str) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13.5, 4.9), facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(13.5, 4.9),
+        facecolor="white",
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=INK)
     times, memory, errors = figure.subplots(1, 3)
     powers = {name: _power(power) for name, power in exponents(cells).items()}
     _curves(times, cells, lambda cell: cell.median, powers, spread=True)
     _describe(times, "Time", "seconds, median (bars: min to max)")
-    _curves(memory, cells, lambda cell: _mebibytes(cell), {})
+    _curves(memory, cells, _mebibytes, {})
     _describe(memory, "Peak working memory", "MiB over inputs and output")
     _errors(errors, cells)
     figure.savefig(path, dpi=130)
@@ -77,7 +81,7 @@ def _curves(
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel("tokens N", color=INK, fontsize=9)
     # Room at the right for the names.
-    axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.55 * 1.4)
+    axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.42 * 1.3)
 
 
 def _name_ends(axes: Any, ends: list[tuple[Any, ...]]) -> None:
@@ -111,8 +115,8 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
         axes.scatter(x[:-1], y[:-1], s=16, color=colour, marker=marker, alpha=0.5)
         axes.scatter(x[-1:], y[-1:], s=60, color=colour, marker=marker)
         axes.annotate(
-            name, (x[-1], y[-1]), xytext=(0, 9), textcoords="offset points",
-            ha="center", fontsize=9, color=colour, fontweight="bold",
+            name, (x[-1], y[-1]), xytext=(0, -13), textcoords="offset points",
+            ha="center", va="center", fontsize=9, color=colour, fontweight="bold",
         )  # fmt: skip
     _describe(axes, "Error against speed", "error: |o - dense| / |dense|")
     axes.set_xlabel("times as fast as dense (large mark: longest N)", color=INK, fontsize=9)
@@ -126,8 +130,8 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.08)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.annotate(
-        "an output of zeros", (0.02, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=8, color=INK,
+        "an output of zeros", (0.98, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", fontsize=8, color=INK, ha="right",
     )  # fmt: skip
     axes.margins(x=0.18)
 
@@ -142,7 +146,7 @@ def _describe(axes: Any, title: str, label: str) -> None:
 
 
 def _mebibytes(cell: Cell) -> float | None:
-    return None if cell.peak.bytes is None else cell.peak.bytes / 2**20
+    return None if cell.peak.size is None else cell.peak.size / 2**20
 
 
 def _power(power: float | None) -> str:

@@ -103,10 +103,11 @@ def _cell(cell: Cell, cells: Sequence[Cell]) -> dict[str, Any]:
         "max": max(cell.times),
         "compile": cell.compile_seconds,
         "speedup": speedup(cell, cells),
-        "memory": cell.peak.bytes,
+        "memory": cell.peak.size,
         "memory_how": cell.peak.how,
         "error": cell.error,
         "mass": cell.mass,
+        "mean_error": cell.mean_error,
     }
 
 

@@ -49,6 +49,8 @@ class Settings(NamedTuple):
         Timed runs of each cell.
     window : tuple of (int, int)
         Of the local family.
+    top_k : int or None
+        Of the sparse family; None is its default, the square root of N.
     feature_map : str
         Of the linear family.
     num_features : int
@@ -75,7 +77,8 @@ class Settings(NamedTuple):
     layer: int = 3
     repeat: int = 5
     window: tuple[int, int] = (128, 128)
-    feature_map: str = "elu_plus_one"
+    top_k: int | None = None
+    feature_map: str = "relu"
     num_features: int = 256
     seed: int = 0
     random: bool = False
@@ -105,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=_count, default=3, help="layer of the model, from 0 (3, of 0 to 5)")
     add("--repeat", type=_positive, default=5, help="timed runs of each cell (5)")
     add("--window", type=_window, metavar="L,R", help="of local (128,128; causal 256,0)")
-    add("--feature-map", choices=FEATURE_MAPS, default="elu_plus_one", help="of linear")
+    add("--top-k", type=_count, help="keys beside its own block, of sparse (square root of N)")
+    add("--feature-map", choices=FEATURE_MAPS, default="relu", help="of linear (relu)")
     add("--num-features", type=_positive, default=256, help="of the softmax feature map (256)")
     add("--seed", type=_count, default=0, help="of random inputs and features (0)")
     source = parser.add_mutually_exclusive_group()
@@ -150,6 +154,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         layer=args.layer,
         repeat=args.repeat,
         window=window,
+        top_k=args.top_k,
         feature_map=args.feature_map,
         num_features=args.num_features,
         seed=args.seed,

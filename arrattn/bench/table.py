@@ -10,7 +10,7 @@ from arrattn.bench.measure import Cell
 
 __all__ = ["HEAD", "SUMMARY_HEAD", "notes", "plain", "rows", "seconds", "size", "summary"]
 
-HEAD = ("N", "family", "time", "min - max", "vs dense", "memory", "error", "mass")
+HEAD = ("N", "family", "time", "min - max", "speed", "memory", "error", "mass")
 SUMMARY_HEAD = ("family", "time grows as", "setting")
 
 
@@ -33,11 +33,11 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
             f"{cell.length:,}",
             cell.family,
             seconds(cell.median),
-            f"{seconds(min(cell.times))} - {seconds(max(cell.times))}",
+            _span(min(cell.times), max(cell.times)),
             _ratio(speedup(cell, cells)),
-            "n/a" if cell.peak.bytes is None else size(cell.peak.bytes),
+            "n/a" if cell.peak.size is None else size(cell.peak.size),
             "-" if cell.family == "dense" else f"{cell.error:.3f}",
-            "-" if cell.mass is None else f"{100 * cell.mass:.1f} %",
+            "-" if cell.mass is None or cell.family == "dense" else f"{100 * cell.mass:.1f} %",
         )
         for cell in cells
     ]
@@ -85,7 +85,13 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     list of str
         Lines under the table.
     """
-    said = [f"memory: {how}" for how in dict.fromkeys(cell.peak.how for cell in cells)]
+    longest = max(cells, key=lambda cell: cell.length)
+    said = ["speed: times as fast as dense; error: |o - dense| / |dense|"]
+    said.append(
+        f"for scale: the plain mean of the values has error {longest.mean_error:.3f} "
+        f"at N = {longest.length:,}, an output of zeros has 1"
+    )
+    said += [f"memory: {how}" for how in dict.fromkeys(cell.peak.how for cell in cells)]
     compiling = [cell.compile_seconds for cell in cells if cell.compile_seconds]
     if compiling:
         span = f"{seconds(min(compiling))} to {seconds(max(compiling))}"
@@ -149,6 +155,12 @@ def seconds(t: float) -> str:
     """
     amount, unit = (t, "s") if t >= 0.9995 else (t * 1000, "ms")
     return f"{_three(amount)} {unit}"
+
+
+def _span(low: float, high: float) -> str:
+    """Two durations in the unit of the larger."""
+    factor, unit = (1, "s") if high >= 0.9995 else (1000, "ms")
+    return f"{_three(low * factor)} - {_three(high * factor)} {unit}"
 
 
 def size(count: int) -> str:

@@ -1,0 +1,102 @@
+"""Imports point one way, and the algorithms name no array library."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import arrattn
+
+ROOT = Path(arrattn.__file__).parent
+LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "tensorflow", "mlx", "ndonnx"}
+FAMILIES = [ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear")]
+CORE = sorted((ROOT / "_core").glob("*.py"))
+
+#: Files whose purpose is to hold what differs between libraries.
+NAMED_FOR_IT = {"loops.py", "staging.py"}
+
+#: Who may import whom: only from a level below, or from beside on the same level.
+LEVELS = [
+    {"_core.typing", "_state"},
+    {"_core.loops"},
+    {"_core.tiles"},
+    {"patterns", "feature_maps", "_core.online_softmax"},
+    {"_core.inputs", "_core.plan", "_core.staging"},
+    {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
+    {"dense", "local", "sparse", "linear", "merge"},
+    {"", "reference"},
+]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+def imports(path: Path, *, everywhere: bool = True) -> set[str]:
+    """Modules that a file imports, in full."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def level(module: str) -> int | None:
+    return next((n for n, names in enumerate(LEVELS) if module in names), None)
+
+
+@pytest.mark.parametrize("path", CORE + FAMILIES + [ROOT / "patterns.py"], ids=lambda p: p.stem)
+def test_imports_point_downwards(path: Path) -> None:
+    own = level(module_of(path))
+    assert own is not None or path.name == "__init__.py", f"{path.name} stands on no level"
+    for name in imports(path):
+        if name.split(".")[0] != "arrattn" or own is None:
+            continue
+        below = level(name.removeprefix("arrattn").removeprefix("."))
+        if below is not None and name != "arrattn":
+            assert below <= own, f"{path.name} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reference").glob("*.py")), ids=lambda p: p.stem)
+def test_the_reference_shares_nothing_with_the_engines(path: Path) -> None:
+    assert not [n for n in imports(path) if n.startswith("arrattn._core")]
+
+
+@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+def test_no_file_imports_an_array_library(path: Path) -> None:
+    if path.name in NAMED_FOR_IT:
+        pytest.skip("holds what differs between libraries")
+    assert not {n.split(".")[0] for n in imports(path)} & LIBRARIES
+
+
+@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+def test_no_code_names_an_array_library(path: Path) -> None:
+    # Names and strings that are code; docstrings and comments may speak of libraries.
+    if path.name in NAMED_FOR_IT:
+        pytest.skip("holds what differs between libraries")
+    source = path.read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    named = {t.string for t in tokens if t.type == tokenize.NAME}
+    found = {n for n in named for x in LIBRARIES if x == n or n.startswith((f"is_{x}", f"_{x}"))}
+    assert not found
+
+
+def test_the_search_would_find_one() -> None:
+    loops = ROOT / "_core" / "loops.py"
+    assert {n.split(".")[0] for n in imports(loops)} & LIBRARIES
+
+
+@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+def test_no_forbidden_ways(path: Path) -> None:
+    """No einsum, nothing written into an array through the standard's namespace."""
+    names = {
+        node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+    }
+    assert not names & {"einsum", "from_dlpack", "__dlpack__"}

@@ -1,0 +1,83 @@
+"""jit, vmap and grad of JAX, and programs whose size does not grow with N."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lanes import close
+from tolerance import output_error
+
+from arrattn import attention, linear_attention, local_attention, sparse_attention
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "dense": attention,
+    "local": lambda *a, **o: local_attention(*a, window=(5, 2), **o),
+    "sparse": lambda *a, **o: sparse_attention(*a, block_size=4, top_k=3, route=2, **o),
+    "linear": linear_attention,
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def arrays(n: int = 12) -> list[np.ndarray[Any, Any]]:
+    return list(np.random.default_rng(0).normal(size=(3, 3, 2, n, 4)))
+
+
+@families
+def test_vmap_is_a_batch_axis(family: str) -> None:
+    q, k, v = arrays()
+    function = FAMILIES[family]
+    expected = np.asarray(function(q, k, v, is_causal=True))
+    got = jax.vmap(lambda *a: function(*a, is_causal=True))(*map(jnp.asarray, (q, k, v)))
+    close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@families
+def test_lengths_may_be_traced(family: str) -> None:
+    q, k, v = arrays()
+    lengths = np.asarray([3, 12, 0])
+    function = FAMILIES[family]
+    expected = np.asarray(function(q, k, v, kv_lengths=lengths, is_causal=True))
+    traced = jax.jit(lambda n, *a: function(*a, kv_lengths=n, is_causal=True))
+    got = traced(jnp.asarray(lengths), *map(jnp.asarray, (q, k, v)))
+    close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@families
+def test_lengths_may_be_mapped(family: str) -> None:
+    q, k, v = arrays()
+    lengths = np.asarray([3, 12, 0])
+    function = FAMILIES[family]
+    expected = np.asarray(function(q, k, v, kv_lengths=lengths, is_causal=True))
+    mapped = jax.vmap(lambda n, *a: function(*a, kv_lengths=n, is_causal=True))
+    got = mapped(jnp.asarray(lengths), *map(jnp.asarray, (q, k, v)))
+    close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@families
+def test_the_program_does_not_grow_with_the_length(family: str) -> None:
+    def lines(n: int) -> int:
+        like = jax.ShapeDtypeStruct((1, n, 8), jnp.float32)
+        make = jax.make_jaxpr(lambda *a: FAMILIES[family](*a, is_causal=True))
+        return str(make(like, like, like)).count("\n")
+
+    # Sixteen times the tokens: a loop that is unrolled would be sixteen times as long.
+    assert lines(16 * 1024) <= 1.5 * lines(1024)
+
+
+@families
+def test_a_second_call_of_the_same_shape_traces_nothing(family: str) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def function(*a: Any) -> Any:
+        seen.append(a[0].shape)
+        return FAMILIES[family](*a, is_causal=True)
+
+    compiled = jax.jit(function)
+    for _ in range(3):
+        compiled(*map(jnp.asarray, arrays()))
+    assert len(seen) == 1

@@ -1,0 +1,103 @@
+"""Threads change speed and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arrattn import attention, linear_attention, local_attention, sparse_attention
+from arrattn._core import loops
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "dense": attention,
+    "local": lambda *a, **o: local_attention(*a, window=(50, 10), **o),
+    "sparse": sparse_attention,
+    "linear": linear_attention,
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def arrays(seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(3, 2, 4, 700, 16)).astype(np.float32)
+
+
+@families
+def test_the_same_bits_for_any_number_of_threads(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for n in (1, 2, 3, 8):
+        monkeypatch.setattr(loops, "num_threads", lambda n=n: n)
+        results.append(FAMILIES[family](*arrays(), is_causal=True))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@families
+def test_the_same_bits_every_time(family: str) -> None:
+    first = FAMILIES[family](*arrays(), is_causal=True)
+    for _ in range(3):
+        np.testing.assert_array_equal(FAMILIES[family](*arrays(), is_causal=True), first)
+
+
+@families
+def test_several_callers_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    expected = [FAMILIES[family](*arrays(seed), is_causal=True) for seed in range(4)]
+    got: dict[int, Any] = {}
+    start = threading.Barrier(4)
+
+    def call(seed: int) -> None:
+        start.wait()
+        got[seed] = FAMILIES[family](*arrays(seed), is_causal=True)
+
+    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for seed in range(4):
+        np.testing.assert_array_equal(got[seed], expected[seed])
+
+
+def test_an_error_in_a_job_reaches_the_caller_and_later_calls_work() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        msg = "on purpose"
+        raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loops.run_jobs([fail, *(lambda n=n: done.append(n) for n in range(20))])
+    loops.run_jobs([lambda: done.append(-1)])
+    assert done[-1] == -1
+
+
+def test_jobs_within_jobs_finish() -> None:
+    done: list[int] = []
+    inner = [lambda n=n: done.append(n) for n in range(5)]
+    loops.run_jobs([lambda: loops.run_jobs(inner) for _ in range(8)])
+    assert sorted(done) == sorted(list(range(5)) * 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
+def test_a_forked_child_can_compute() -> None:
+    program = """
+import os, numpy as np
+from arrattn import attention
+x = np.ones((4, 600, 8))
+attention(x, x, x)
+child = os.fork()
+if child == 0:
+    attention(x, x, x)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
