@@ -286,7 +286,7 @@ def rows(*, here: bool) -> Iterator[tuple[str, ...]]:
     head = ("library", "dtypes", "devices", "lazy", "transforms", "gradients", "loop over tiles")
     yield ("library", "installed", "here", *head[1:]) if here else head
     for declared in LIBRARIES:
-        local = ()
+        local: tuple[str, ...] = ()
         if here:
             found = ", ".join(declared.present_devices) or "-"
             local = (declared.version or "no", found)

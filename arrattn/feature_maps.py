@@ -31,7 +31,6 @@ __all__ = [
     "elu_plus_one",
     "gaussian",
     "laplacian",
-    "read_map",
     "relu",
     "softmax",
 ]

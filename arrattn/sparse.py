@@ -123,7 +123,7 @@ def sparse_attention(
     Notes
     -----
     A block takes part in routing if it holds a key that the query sees; its mean is over the
-    keys that some query sees, and its score is ``q . mean`` times the sign of `scale`. Ties
+    finite keys that some query sees, and its score is ``q . mean`` times the sign of `scale`. Ties
     go to the lower index, for blocks and for keys. With the default sizes time is
     O(Nq sqrt(Nk) (D + Dv)), working memory O(Nq) for a few rows of each worker. The
     selection itself has no gradient; the scores and values that it leaves do.

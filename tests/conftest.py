@@ -10,13 +10,10 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
-import hypothesis
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, settings
 from lanes import LANES, Lane
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -46,12 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _params(lanes: tuple[Lane, ...]) -> list[Any]:
-    return [
-        pytest.param(
-            lane, id=lane.name, marks=pytest.mark.skipif(bool(lane.missing), reason=lane.missing or "")
-        )
-        for lane in lanes
-    ]
+    def marks(lane: Lane) -> Any:
+        return pytest.mark.skipif(lane.missing is not None, reason=lane.missing or "present")
+
+    return [pytest.param(lane, id=lane.name, marks=marks(lane)) for lane in lanes]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

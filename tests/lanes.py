@@ -259,13 +259,13 @@ def _lane(name: str, of: str, device: str, examples: int, **how: bool) -> Lane:
 
 
 LANES = (
-    _lane("numpy", "numpy", "cpu", 40),
-    _lane("numpy-readonly", "numpy", "cpu", 15, readonly=True),
-    _lane("strict", "array-api-strict", "CPU_DEVICE", 12),
+    _lane("numpy", "numpy", "cpu", 150),
+    _lane("numpy-readonly", "numpy", "cpu", 25, readonly=True),
+    _lane("strict", "array-api-strict", "CPU_DEVICE", 25),
     _lane("strict-device1", "array-api-strict", "device1", 5),
-    _lane("torch", "torch", "cpu", 20),
+    _lane("torch", "torch", "cpu", 50),
     _lane("torch-cuda", "torch", "cuda", 20),
-    _lane("jax", "jax", "cpu", 4),
+    _lane("jax", "jax", "cpu", 3),
     _lane("jax-jit", "jax", "cpu", 4, compiled=True),
     _lane("jax-gpu", "jax", "gpu", 4, compiled=True),
     _lane("dask", "dask", "cpu", 4),

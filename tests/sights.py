@@ -105,9 +105,7 @@ def prefix(n: int | np.ndarray[Any, Any]) -> Sight:
 
 
 def everywhere(n: int) -> Sight:
-    return Sight(
-        f"Global({n})", lambda _: patterns.Global(n), lambda b, i, p, j: j < n or p < n
-    )
+    return Sight(f"Global({n})", lambda _: patterns.Global(n), lambda b, i, p, j: j < n or p < n)
 
 
 def strided(step: int) -> Sight:

@@ -185,7 +185,7 @@ def sights_of(draw: st.DrawFn, nq: int, nk: int, batch: tuple[int, ...]) -> Sigh
     return ~sight if draw(st.integers(0, 4)) == 0 else sight
 
 
-VALUES = ("plain", "tied", "zero", "large")
+VALUES = ("plain", "tied", "large", "plain", "zero")
 
 
 def values(how: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -223,7 +223,9 @@ def visibility(
     if draw(st.booleans()):
         options["is_causal"] = True
     names = ("window", "kv_lengths", "q_offset", "segment_ids", "pattern", "mask")
-    for name in draw(st.lists(st.sampled_from(names), max_size=3, unique=True)):
+    for name in draw(
+        st.lists(st.sampled_from(names), min_size=draw(st.integers(0, 2)), max_size=3, unique=True)
+    ):
         if name == "window":
             options[name] = draw(windows())
         elif name == "kv_lengths":

@@ -155,9 +155,7 @@ def linear_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[An
         case.q, case.k, top_v, initial_state=bound_state, return_state=True, **by_norms
     )
     if options.get("normalize", True):
-        total = reference.linear_attention(
-            case.q, case.k, ones, initial_state=lower_state, **plain
-        )
+        total = reference.linear_attention(case.q, case.k, ones, initial_state=lower_state, **plain)
         size = reference.linear_attention(
             case.q, case.k, ones, initial_state=ones_state, **by_norms
         )

@@ -353,19 +353,21 @@ def test_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def without(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make packages look as if they were not installed."""
     real = builtins.__import__
 
     def block(*names: str) -> None:
         def fake(name: str, *args: Any, **kwargs: Any) -> Any:
-            if name.split(".")[0] in names:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+            package = name.split(".", maxsplit=1)[0]
+            if package in names:
+                msg = f"No module named {package!r}"
+                raise ModuleNotFoundError(msg, name=package)
             return real(name, *args, **kwargs)
 
         monkeypatch.setattr(builtins, "__import__", fake)
 
-    yield block
+    return block
 
 
 @pytest.mark.parametrize("name", ["safetensors", "tokenizers"])
@@ -402,7 +404,8 @@ def test_missing_library(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        msg = f"No module named {name!r}"
+        raise ModuleNotFoundError(msg)
 
     monkeypatch.setattr("arrattn.bench.libraries.importlib.import_module", fail)
     assert cli.main([*RANDOM, "--array", "torch"]) == 2

@@ -21,9 +21,7 @@ def test_equals_the_reference(lane: Lane, case: Case) -> None:
 
 
 @for_all(case=cases(), tile=TILES)
-def test_equals_the_reference_tile_by_tile(
-    lane: Lane, case: Case, tile: tuple[int, int]
-) -> None:
+def test_equals_the_reference_tile_by_tile(lane: Lane, case: Case, tile: tuple[int, int]) -> None:
     agrees(lane, in_tiles(tile), reference.softmax_attention, case)
 
 

@@ -18,13 +18,9 @@ EXCLUDED = set(CHECKS["checks"]) - {"all"}
 
 
 def public() -> list[str]:
-    names = [
-        f"arrattn.{n}" for n in arrattn.__all__ if callable(getattr(arrattn, n))
-    ]
+    names = [f"arrattn.{n}" for n in arrattn.__all__ if callable(getattr(arrattn, n))]
     for module in (patterns, feature_maps, reference):
-        for name in module.__all__:
-            if callable(getattr(module, name)) and inspect.getdoc(getattr(module, name)):
-                names.append(f"{module.__name__}.{name}")
+        names += [f"{module.__name__}.{n}" for n in module.__all__ if callable(getattr(module, n))]
     return names
 
 
@@ -39,7 +35,10 @@ def test_numpydoc(name: str) -> None:
     assert not errors, f"{name}: {errors}"
 
 
-@pytest.mark.parametrize("name", ["attention", "local_attention", "sparse_attention", "linear_attention"])
+FAMILIES = ("attention", "local_attention", "sparse_attention", "linear_attention")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_shape_letters_and_a_paper_are_there(name: str) -> None:
     text = inspect.getdoc(getattr(arrattn, name)) or ""
     for words in ("(..., Hq, Nq, D)", "(..., Hkv, Nk, D)", "(..., Hkv, Nk, Dv)", "arXiv:", ">>> "):

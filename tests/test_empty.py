@@ -27,9 +27,7 @@ families = pytest.mark.parametrize("family", ALL)
 def test_rows_that_see_nothing_are_zero_and_their_lse_minus_infinity(
     lane: Lane, case: Case
 ) -> None:
-    out, lse = lane.call(
-        attention, *case.arrays, dtype="float64", return_lse=True, **case.options
-    )
+    out, lse = lane.call(attention, *case.arrays, dtype="float64", return_lse=True, **case.options)
     out, lse, empty = lane.to_numpy(out), lane.to_numpy(lse), ~case.visible().any(-1)
     empty = empty[0] if case.q.ndim == 2 else empty
     assert (out[empty] == 0).all()

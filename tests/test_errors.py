@@ -179,16 +179,19 @@ def test_options_of_another_library(family: str) -> None:
         ("pattern", patterns.Prefix(torch.asarray(3))),
     ):
         says = (name, "of the same library as q (numpy)", "torch")
-        refused(TypeError, *says, by=lambda n=name, x=x: FAMILIES[family](ONES, ONES, ONES, **{n: x}))
+
+        def call(option: Any = {name: x}) -> Any:  # noqa: B006 - read only
+            return FAMILIES[family](ONES, ONES, ONES, **option)
+
+        refused(TypeError, *says, by=call)
 
 
 @softmax
 def test_one_array_of_ids_for_two_lengths(family: str) -> None:
     says = ("segment_ids: one array serves both sides only when Nq == Nk", "(q_ids, k_ids)")
     ids = np.zeros(5, int)
-    refused(
-        ValueError, *says, by=lambda: FAMILIES[family](ONES, ONES[:, :3], ONES[:, :3], segment_ids=ids)
-    )
+    few = ONES[:, :3]
+    refused(ValueError, *says, by=lambda: FAMILIES[family](ONES, few, few, segment_ids=ids))
 
 
 @softmax
@@ -226,8 +229,8 @@ def test_sparse_options(options: dict[str, Any], kind: type[Exception], says: st
     refused(kind, says, by=lambda: sparse_attention(ONES, ONES, ONES, **options))
 
 
-def state(s: tuple[int, ...], z: tuple[int, ...]) -> LinearState:
-    return LinearState(np.zeros(s), np.zeros(z))
+def state(s: tuple[int, ...], z: tuple[int, ...], dtype: Any = np.float64) -> LinearState:
+    return LinearState(np.zeros(s, dtype), np.zeros(z, dtype))
 
 
 @pytest.mark.parametrize(
@@ -243,9 +246,13 @@ def state(s: tuple[int, ...], z: tuple[int, ...]) -> LinearState:
         ({"kv_lengths": 9}, ValueError, "kv_lengths: expected values from 0 to Nk (5)"),
         ({"segment_ids": np.ones(4, int)}, ValueError, "segment ids: expected one per query"),
         ({"initial_state": 3}, TypeError, "initial_state: expected a LinearState"),
-        ({"initial_state": state((2, 3, 4), (2, 3))}, ValueError, "initial_state.S: expected shape"),
         (
-            {"initial_state": LinearState(*(x.astype(np.float32) for x in state((2, 4, 4), (2, 4))))},
+            {"initial_state": state((2, 3, 4), (2, 3))},
+            ValueError,
+            "initial_state.S: expected shape",
+        ),
+        (
+            {"initial_state": state((2, 4, 4), (2, 4), np.float32)},
             TypeError,
             "initial_state.S: expected the accumulation dtype float64",
         ),

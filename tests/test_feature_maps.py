@@ -95,10 +95,16 @@ def test_the_error_falls_with_the_square_root_of_the_features(name: str) -> None
     assert -0.6 < slope < -0.4
 
 
-@pytest.mark.parametrize(("name", "most"), [("softmax", 0.1), ("gaussian", 0.1), ("laplacian", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("softmax", 0.1), ("gaussian", 0.1), ("laplacian", 0.1)]
+)
 def test_attention_comes_close_to_that_of_the_kernel(name: str, most: float) -> None:
     rng = np.random.default_rng(5)
-    q, k, v = 0.5 * rng.normal(size=(40, D)), 0.5 * rng.normal(size=(50, D)), rng.normal(size=(50, 3))
+    q, k, v = (
+        0.5 * rng.normal(size=(40, D)),
+        0.5 * rng.normal(size=(50, D)),
+        rng.normal(size=(50, 3)),
+    )
     weights = make_map(name, D).kernel(q, k)
     expected = weights @ v / weights.sum(-1, keepdims=True)
     if name == "softmax":

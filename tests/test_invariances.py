@@ -143,9 +143,7 @@ def test_a_batch_item_does_not_depend_on_the_others(lane: Lane, family: str) -> 
 
 @families
 @pytest.mark.parametrize("lead", [((2, 3), (3,), (1, 1)), ((1,), (4,), ()), ((), (2, 1), (1, 3))])
-def test_batch_axes_broadcast(
-    lane: Lane, family: str, lead: tuple[tuple[int, ...], ...]
-) -> None:
+def test_batch_axes_broadcast(lane: Lane, family: str, lead: tuple[tuple[int, ...], ...]) -> None:
     rng = np.random.default_rng(5)
     q, k, v = (rng.normal(size=(*x, 2, 9, 4)) for x in lead)
     batch = np.broadcast_shapes(*lead)
@@ -218,9 +216,7 @@ def test_packed_documents_are_documents_one_by_one(lane: Lane, family: str) -> N
     rng = np.random.default_rng(9)
     q, k, v = rng.normal(size=(3, 2, 30, 4))
     ids = np.repeat([0, 1, 2], [7, 19, 4])
-    got = lane.call(
-        FAMILIES[family], q, k, v, dtype="float64", segment_ids=ids, is_causal=True
-    )
+    got = lane.call(FAMILIES[family], q, k, v, dtype="float64", segment_ids=ids, is_causal=True)
     within = 2 * output_error(q, k, v, dtype="float64")
     for document in range(3):
         rows = ids == document

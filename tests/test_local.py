@@ -55,15 +55,13 @@ def test_a_window_of_nothing_but_itself_gives_the_value_there(lane: Lane, case: 
     for name in ("sinks", "bias"):
         case.options.pop(name, None)
     nq, nk = case.lengths
-    out = lane.call(
-        local_attention, *case.arrays, dtype="float64", window=(0, 0), **case.options
-    )
+    out = lane.call(local_attention, *case.arrays, dtype="float64", window=(0, 0), **case.options)
     g = case.heads[0] // case.heads[1]
     v = case.v[None] if case.v.ndim == 2 else np.repeat(case.v, g, axis=-3)
     v = np.broadcast_to(v, (*case.batch, case.heads[0], *v.shape[-2:]))
     expected = np.zeros((*v.shape[:-2], nq, v.shape[-1]))
     for i in range(nq):
-        if 0 <= i + nk - nq:
+        if nq - nk <= i:
             expected[..., i, :] = v[..., i + nk - nq, :]
     expected = expected[0] if case.q.ndim == 2 else expected
     lane.check(out, expected, dtype="float64", within=0.0)

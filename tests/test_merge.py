@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def split(lane: Lane, case: Case, at: list[int]) -> list[tuple[Any, Any]]:
             return_lse=True,
             **part_of(case, a, b),
         )
-        for a, b in zip(at, at[1:], strict=False)
+        for a, b in pairwise(at)
     ]
 
 
@@ -101,9 +102,7 @@ def test_sinks_belong_to_one_part(lane: Lane) -> None:
     q, k, v = rng.normal(size=(3, 2, 8, 4))
     case = Case(q, k, v, {"sinks": np.asarray([0.5, -1.0])})
     halves = [
-        lane.call(
-            attention, q, k[:, a:b], v[:, a:b], dtype="float64", return_lse=True, **options
-        )
+        lane.call(attention, q, k[:, a:b], v[:, a:b], dtype="float64", return_lse=True, **options)
         for a, b, options in ((0, 5, case.options), (5, 8, {}))
     ]
     whole = reference.softmax_attention(q, k, v, return_lse=True, **case.options)

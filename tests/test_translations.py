@@ -32,7 +32,9 @@ LENGTHS = np.asarray([8, 5], np.int32)
 Q_LENGTHS = np.asarray([3, 5], np.int32)
 
 
-def same(theirs: Any, ours: Any, *, dtype: str, scale: float | None = None, bias: Any = None) -> None:
+def same(
+    theirs: Any, ours: Any, *, dtype: str, scale: float | None = None, bias: Any = None
+) -> None:
     # Two results, each as far from the truth as the tolerance allows.
     within = 2 * tolerance.output_error(Q, K, V, dtype=dtype, scale=scale, bias=bias)
     assert tuple(theirs.shape) == tuple(ours.shape)

@@ -89,7 +89,9 @@ def run(how: How, x: Operands) -> tuple[Array, Array, Array]:
     q, k, v = (xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in zip(x[:3], (4, 3, 3)))
     x = x._replace(q=q, k=k, v=v)
     start = _start(how, x)
-    if x.q_ids is not None or (how.is_causal and x.lengths is not None):
+    if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
+        out, memory = _zeros_out(how, x), start
+    elif x.q_ids is not None or (how.is_causal and x.lengths is not None):
         out, memory = _sorted(how, x, start)
     elif how.is_causal:
         out, memory = _side_by_side(how, x, start)
@@ -134,8 +136,7 @@ def _read_all(how: How, x: Operands, memory: Memory) -> Array:
         return carry, _finish(how, x, f, top, base)
 
     if x.q.shape[-2] == 0:
-        shape = (*x.q.shape[:-1], x.v.shape[-1])
-        return how.xp.zeros(shape, dtype=x.q.dtype, device=loops.device_of(x.q))
+        return _zeros_out(how, x)
     return _over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how)[1]
 
 
@@ -277,6 +278,12 @@ def _start(how: How, x: Operands) -> Memory:
         return Memory(S, None)
     log = -math.inf if x.state is None else 0.0
     return Memory(S, xp.full(shape[:-2], log, dtype=how.acc, device=device))
+
+
+def _zeros_out(how: How, x: Operands) -> Array:
+    """The output where there is nothing to read or to be read."""
+    shape = (*x.q.shape[:-1], x.v.shape[-1])
+    return how.xp.zeros(shape, dtype=x.q.dtype, device=loops.device_of(x.q))
 
 
 def _read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) -> Keys:

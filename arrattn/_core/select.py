@@ -179,13 +179,18 @@ def seen_by_any(call: SoftmaxInputs) -> Array | None:
 
 
 def block_means(call: SoftmaxInputs, choice: Choice) -> Array:
-    """The mean of each block's keys that some query sees, (..., Hkv, G | 1, nb, D)."""
+    """
+    The mean of each block's finite keys that some query sees, (..., Hkv, G | 1, nb, D).
+
+    One key that is not finite would else decide where everyone searches, also those who do
+    not see it.
+    """
     xp, nk = call.xp, call.lengths[1]
     k = engine.enter(call, call.k)[..., None, :, :]
     seen = seen_by_any(call)
     if seen is None:
         seen = xp.ones((1, nk), dtype=xp.bool, device=call.device)
-    seen = xp.matrix_transpose(seen)  # (..., Hkv | 1, G | 1, Nk, 1)
+    seen = xp.matrix_transpose(seen) & xp.all(xp.isfinite(k), axis=-1, keepdims=True)
     totals = xp.sum(
         _blocked(xp.where(seen, k, xp.zeros_like(k)), choice.block, axis=-2, xp=xp), axis=-2
     )

@@ -104,7 +104,7 @@ def _sparse(settings: Settings) -> Family:
         )
 
     best = "sqrt(N)" if settings.top_k is None else str(settings.top_k)
-    words = f"own block of sqrt(N) keys, best {best} of 8 more blocks"
+    words = f"own block of sqrt(N) keys, best {best} of 8 others"
     return Family("sparse", call, words, {"top_k": settings.top_k})
 
 

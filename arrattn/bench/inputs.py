@@ -135,10 +135,11 @@ def _read_file(path: Path) -> Inputs:
 def _load(path: Path) -> dict[str, Host]:
     """Every array of an ``.npz`` file, nothing unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                msg = f"--qkv {path}: expected an .npz file with arrays q, k, v; got a single array"
-                raise CannotRun(msg)
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            msg = f"--qkv {path}: expected an .npz file with arrays q, k, v; got a single array"
+            raise CannotRun(msg)
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         msg = f"--qkv {path}: there is no such file"

@@ -115,8 +115,8 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
         axes.scatter(x[:-1], y[:-1], s=16, color=colour, marker=marker, alpha=0.5)
         axes.scatter(x[-1:], y[-1:], s=60, color=colour, marker=marker)
         axes.annotate(
-            name, (x[-1], y[-1]), xytext=(0, -13), textcoords="offset points",
-            ha="center", va="center", fontsize=9, color=colour, fontweight="bold",
+            name, (x[-1], y[-1]), xytext=(9, 0), textcoords="offset points",
+            va="center", fontsize=9, color=colour, fontweight="bold",
         )  # fmt: skip
     _describe(axes, "Error against speed", "error: |o - dense| / |dense|")
     axes.set_xlabel("times as fast as dense (large mark: longest N)", color=INK, fontsize=9)
@@ -128,12 +128,15 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if str(f"{x:e}")[0] in "25" else "")
     axes.tick_params(axis="x", which="minor", labelsize=8)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]) * 1.08)
-    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "an output of zeros", (0.98, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=8, color=INK, ha="right",
-    )  # fmt: skip
-    axes.margins(x=0.18)
+    mean = max(cells, key=lambda cell: cell.length).mean_error
+    for level, words in ((1.0, "an output of zeros"), (mean, "the mean of the values")):
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            words, (0.98, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", fontsize=8, color=INK, ha="right",
+        )  # fmt: skip
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the last name
 
 
 def _describe(axes: Any, title: str, label: str) -> None:

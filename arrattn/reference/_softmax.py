@@ -353,8 +353,9 @@ def _any_in_block(table: Array, size: int, xp: Namespace) -> Array:
 def _block_scores(
     q: Array, k: Array, visible: Array, size: int, scale: float | None, xp: Namespace
 ) -> Array:
-    """Score the mean key of every block, (..., Hq, Nq, blocks)."""
+    """Score the mean of every block's finite keys, (..., Hq, Nq, blocks)."""
     seen = xp.any(visible, axis=-2)  # (..., Hq, Nk): by some query of the head
+    seen = seen & xp.all(xp.isfinite(k), axis=-1)
     total = xp.sum(_in_blocks(xp.where(seen[..., None], k, 0.0), size, -2, xp), axis=-2)
     count = xp.sum(_in_blocks(xp.astype(seen, k.dtype), size, -1, xp), axis=-1)
     mean = total / xp.where(count == 0, 1.0, count)[..., None]
