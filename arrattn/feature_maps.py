@@ -541,7 +541,7 @@ def _read_sigma(sigma: object) -> float:
     if isinstance(sigma, bool) or not isinstance(sigma, Real):
         msg = f"sigma: expected a real number, got {sigma!r} ({type(sigma).__name__})"
         raise TypeError(msg)
-    if not (math.isfinite(sigma) and sigma > 0):
+    if not (math.isfinite(sigma) and float(sigma) > 0):
         msg = f"sigma: expected a positive, finite number, got {sigma}"
         raise ValueError(msg)
     return float(sigma)

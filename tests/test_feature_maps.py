@@ -169,7 +169,7 @@ def test_maps_print_as_they_are_written() -> None:
     for name in ("softmax", "gaussian", "laplacian"):
         phi = make_map(name, D)
         scope = {name: getattr(feature_maps, name)}
-        again = eval(repr(phi), scope)  # noqa: S307 (our own text)
+        again = eval(repr(phi), scope)
         np.testing.assert_array_equal(again._drawn, phi._drawn)
         assert repr(again) == repr(phi)
     assert repr(feature_maps.elu_plus_one) == "elu_plus_one"

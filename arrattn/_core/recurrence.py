@@ -69,15 +69,15 @@ class Memory(NamedTuple):
     """
 
     S: Array  # (..., Hkv, Dphi, Dv + 1)
-    log: Array | None  # (..., Hkv)
-    ids: Array | None = None  # (...)
+    log: Any  # (..., Hkv), or None
+    ids: Any = None  # (...), or None
 
 
 class Keys(NamedTuple):
     """A chunk of keys as the sums take them up; absent ones are zeros."""
 
     phi: Array  # (..., Hkv, c, Dphi)
-    log: Array | None  # (..., Hkv, c)
+    log: Any  # (..., Hkv, c), or None
     v: Array  # (..., Hkv, c, Dv + 1)
 
 
@@ -86,7 +86,9 @@ def run(how: How, x: Operands) -> tuple[Array, Array, Array]:
     Do the call: the outputs (..., Hkv, G, Nq, Dv), in the dtype of `q`, and the state.
     """
     xp = how.xp
-    q, k, v = (xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in zip(x[:3], (4, 3, 3)))
+    q, k, v = (
+        xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in ((x.q, 4), (x.k, 3), (x.v, 3))
+    )
     x = x._replace(q=q, k=k, v=v)
     start = _start(how, x)
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
@@ -121,7 +123,8 @@ def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
     if x.k.shape[-2] == 0:
         return memory
     parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
-    return _over_chunks(step, memory, parts, x.k.shape[-2], how)[0]
+    after: Memory = _over_chunks(step, memory, parts, x.k.shape[-2], how)[0]
+    return after
 
 
 def _read_all(how: How, x: Operands, memory: Memory) -> Array:
@@ -355,7 +358,7 @@ class Past(NamedTuple):
     """A memory as the rows of a chunk see it."""
 
     S: Array  # (..., Hkv, Dphi, Dv + 1)
-    log: Array | None  # (..., Hkv, 1, c | 1, 1), -inf where not seen
+    log: Any  # (..., Hkv, 1, c | 1, 1), -inf where not seen; or None
     seen: Array | None  # (..., 1, 1, c, 1); None where every row does
 
 

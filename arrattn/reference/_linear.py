@@ -121,10 +121,8 @@ def linear_attention(
     if initial_state is not None:
         top = top + xp.exp(-m) * (phi_q @ S)
         total = total + xp.exp(-m) * (phi_q @ z[..., None])
-    if normalize:
-        out = ratio(top, total, xp)
-    else:
-        out = scale * top * xp.exp(m + log_q[..., None])
+    rescale = m + log_q[..., None]
+    out = ratio(top, total, xp) if normalize else scale * top * xp.exp(rescale)
     out = like(out, q, xp)
     if not return_state:
         return out

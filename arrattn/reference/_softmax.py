@@ -330,7 +330,8 @@ def _ceil_sqrt(n: int) -> int:
 
 
 def _best(scores: Array, allowed: Array, count: int, xp: Namespace) -> Array:
-    """Mark the `count` highest scores allowed in each row, ties to the lower index."""
+    """Mark the `count` highest scores allowed in each row, NaN first, ties to the lower index."""
+    scores = xp.where(xp.isnan(scores), math.inf, scores)
     order = xp.argsort(xp.where(allowed, -scores, math.inf), axis=-1, stable=True)
     rank = xp.argsort(order, axis=-1)
     return allowed & (rank < count)
