@@ -144,7 +144,9 @@ def linear_attention(
         chunk=recurrence.CHUNK,
     )
     operands = _operands(x, phi, function, padded=key_mask is not None)
-    if isinstance(phi, Custom):
+    if loops.schedule(x.xp) == "threads":
+        out, S, z = recurrence.run_threads(how, operands)
+    elif isinstance(phi, Custom):
         # A function may change what it does between calls: never compile it for good.
         out, S, z = recurrence.run(how, operands)
     else:

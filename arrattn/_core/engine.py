@@ -18,14 +18,11 @@ from arrattn._core import loops, online_softmax, staging
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
 from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
-from arrattn._core.tiles import Pairs, TilePairs, group_matmul
+from arrattn._core.tiles import Pairs, TilePairs, group_matmul, pick_item
 from arrattn._core.typing import Array, Namespace
 
 #: Scores held at once by one worker, as a count of numbers.
 BUDGET = {"threads": 1 << 17, "batched": 1 << 22, "scan": 1 << 22}
-
-#: Multiplications below which OpenBLAS keeps a product on one thread.
-SMALL = 1 << 18
 
 
 def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple[Array, Array]:
@@ -147,7 +144,7 @@ def _attend_threads(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[
                 for t in range(plan.kinds.shape[-2])
             ]
     width = max(call.q.shape[-1], call.v.shape[-1])
-    loops.run_jobs(jobs, small=g * nq * nk * width <= SMALL)
+    loops.run_jobs(jobs, small=g * nq * nk * width <= loops.SMALL)
     return out, lse
 
 
@@ -181,12 +178,12 @@ def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
     """One batch item of a call, without batch axes."""
     offset = call.offset
     return call._replace(
-        q=_pick(call.q, b, 4),
-        k=_pick(call.k, b, 3),
-        v=_pick(call.v, b, 3),
-        bias=None if call.bias is None else _pick(call.bias, b, 4),
-        offset=offset if isinstance(offset, int) else int(_pick(offset, b, 4).item()),
-        pattern=patterns.pick(call.pattern, partial(_pick, b=b)),
+        q=pick_item(call.q, b, 4),
+        k=pick_item(call.k, b, 3),
+        v=pick_item(call.v, b, 3),
+        bias=None if call.bias is None else pick_item(call.bias, b, 4),
+        offset=offset if isinstance(offset, int) else int(pick_item(offset, b, 4).item()),
+        pattern=patterns.pick(call.pattern, partial(pick_item, b=b)),
         batch=(),
     )
 
@@ -205,13 +202,6 @@ def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
         sinks=None if call.sinks is None else call.sinks[h : h + 1],
         pattern=patterns.pick(call.pattern, pick),
     )
-
-
-def _pick(x: Array, b: tuple[int, ...], trailing: int) -> Array:
-    """Batch item `b` of `x`, whose last `trailing` axes are not batch axes; axes of 1 broadcast."""
-    lead = x.shape[: x.ndim - trailing]
-    own = b[len(b) - len(lead) :]
-    return x[tuple(0 if n == 1 else i for n, i in zip(lead, own, strict=True))]
 
 
 # -- torch, CuPy, Dask and others: batched tiles ----------------------------------------------

@@ -314,6 +314,10 @@ def rescale_add(o: Array, factor: Array, more: Array, *, xp: Namespace) -> Array
 # -- Threads, for NumPy -----------------------------------------------------------------------
 
 
+#: Multiplications below which OpenBLAS keeps a product on one thread.
+SMALL = 1 << 18
+
+
 def num_threads() -> int:
     """Worker threads: ``ARRATTN_NUM_THREADS``, or the processors this process may use."""
     asked = os.environ.get("ARRATTN_NUM_THREADS", "")
@@ -399,8 +403,9 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
     number of threads. The first exception is raised, once every worker has stopped.
     """
     if small:
-        for job in jobs:
-            job()
+        with np.errstate(invalid="ignore", over="ignore"):
+            for job in jobs:
+                job()
         return
     queue = iter(jobs)
     take = threading.Lock()

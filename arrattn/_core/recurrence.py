@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from arrattn._core import loops, tiles
 from arrattn._core.typing import Array, DType, Namespace
@@ -59,6 +62,30 @@ class Operands(NamedTuple):
         ids = None if self.k_ids is None else self.k_ids[..., start:stop]
         return self._replace(k=k, v=v, key_mask=mask, k_ids=ids)
 
+    def item(self, b: tuple[int, ...], h: int) -> Operands:
+        """One batch item and key head, without batch axes."""
+
+        def pick(x: Array | None, trailing: int, *, heads: int = 0) -> Array | None:
+            if x is None:
+                return None
+            x = tiles.pick_item(x, b, trailing)
+            return x[h : h + 1] if heads and x.shape[0] > 1 else x
+
+        state = self.state and LinearState(
+            pick(self.state.S, 3, heads=1), pick(self.state.z, 2, heads=1)
+        )
+        return Operands(
+            q=pick(self.q, 4, heads=1),
+            k=pick(self.k, 3, heads=1),
+            v=pick(self.v, 3, heads=1),
+            key_mask=pick(self.key_mask, 2, heads=1),
+            q_ids=pick(self.q_ids, 1),
+            k_ids=pick(self.k_ids, 1),
+            lengths=pick(self.lengths, 0),
+            state=state,
+            weights=self.weights,
+        )
+
 
 class Memory(NamedTuple):
     """
@@ -79,6 +106,27 @@ class Keys(NamedTuple):
     phi: Array  # (..., Hkv, c, Dphi)
     log: Any  # (..., Hkv, c), or None
     v: Array  # (..., Hkv, c, Dv + 1)
+
+
+def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
+    """
+    `run` on NumPy: a job for each batch item and key head.
+    """
+    (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
+    dphi = features_of(how.feature_map, x.k, how.acc, how.xp).phi.shape[-1]
+    out = np.empty((*how.batch, hkv, g, nq, dv), x.q.dtype)
+    S = np.empty((*how.batch, hkv, dphi, dv), how.acc)
+    z = np.empty((*how.batch, hkv, dphi), how.acc)
+    alone = how._replace(batch=())
+
+    def job(b: tuple[int, ...], h: int) -> None:
+        at: Any = (*b, slice(h, h + 1))
+        out[at], S[at], z[at] = run(alone, x.item(b, h))
+
+    jobs = [partial(job, b, h) for b in np.ndindex(*how.batch) for h in range(hkv)]
+    largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
+    loops.run_jobs(jobs, small=largest <= loops.SMALL)
+    return out, S, z
 
 
 def run(how: How, x: Operands) -> tuple[Array, Array, Array]:

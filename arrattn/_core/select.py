@@ -65,7 +65,7 @@ def top_mask(s: Array, candidates: Array, k: int, *, xp: Namespace) -> Array:
     """
     n = s.shape[-1]
     if k >= n:
-        return xp.broadcast_to(candidates, s.shape)
+        return xp.broadcast_arrays(s, candidates)[1]  # batch axes may be those of v alone
     if k == 0:
         return xp.zeros(s.shape, dtype=xp.bool, device=loops.device_of(s))
     s = loops.stop_gradient(s)

@@ -27,6 +27,13 @@ def take_range(x: Array, start: int | Array, size: int, *, axis: int, xp: Namesp
     return xp.take(x, index, axis=x.ndim + axis)
 
 
+def pick_item(x: Array, b: tuple[int, ...], trailing: int) -> Array:
+    """Batch item `b` of `x`, whose last `trailing` axes are not batch axes; axes of 1 broadcast."""
+    lead = x.shape[: x.ndim - trailing]
+    own = b[len(b) - len(lead) :]
+    return x[tuple(0 if n == 1 else i for n, i in zip(lead, own, strict=True))]
+
+
 def gather_last(x: Array, index: Array, *, xp: Namespace) -> Array:
     """
     ``x[..., index]`` with leading axes that broadcast, by one flattened take.
