@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from arrattn._core import inputs, loops, recurrence
+from arrattn._core import inputs, recurrence
 from arrattn._core.typing import Array
 from arrattn._state import LinearState
-from arrattn.feature_maps import Custom, FeatureMap, elu_plus_one, read_map
+from arrattn.feature_maps import FeatureMap, elu_plus_one, read_map
 
 __all__ = ["linear_attention"]
 
@@ -144,13 +144,7 @@ def linear_attention(
         chunk=recurrence.CHUNK,
     )
     operands = _operands(x, phi, function, padded=key_mask is not None)
-    if loops.schedule(x.xp) == "threads":
-        out, S, z = recurrence.run_threads(how, operands)
-    elif isinstance(phi, Custom):
-        # A function may change what it does between calls: never compile it for good.
-        out, S, z = recurrence.run(how, operands)
-    else:
-        out, S, z = loops.staged(recurrence.run, how, operands, xp=x.xp)
+    out, S, z = recurrence.attend(how, operands)
     out = x.ungroup(out)
     if not return_state:
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arrattn._core.engine import attend
-from arrattn._core.inputs import read_softmax, require_window
+from arrattn._core.inputs import read_local
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
@@ -128,9 +128,7 @@ def local_attention(
     >>> local_attention(q, k, v, window=(1, 0))[0, :, 0]
     array([0. , 0.5, 1.5, 2.5])
     """
-    require_window("local_attention", window)
-    call = read_softmax(
-        "local_attention",
+    call = read_local(
         q,
         k,
         v,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arrattn._core.inputs import read_softmax, read_sparse
+from arrattn._core.inputs import read_sparse
 from arrattn._core.select import attend_selected
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
@@ -149,11 +149,15 @@ def sparse_attention(
     >>> out[0, :, 0].round(3)
     array([0.001, 0.001, 0.002, 0.002])
     """
-    call = read_softmax(
-        "sparse_attention",
+    call, choice = read_sparse(
         q,
         k,
         v,
+        block_size=block_size,
+        top_k=top_k,
+        route=route,
+        select=select,
+        per=per,
         mask=mask,
         bias=bias,
         is_causal=is_causal,
@@ -167,6 +171,5 @@ def sparse_attention(
         sinks=sinks,
         return_lse=return_lse,
     )
-    choice = read_sparse(call, block_size, top_k, route, select, per)
     out, lse = call.ungroup(*attend_selected(call, choice))
     return (out, lse) if return_lse else out

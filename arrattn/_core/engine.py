@@ -32,11 +32,11 @@ def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple
     Returns the output ``(..., Hkv, G, Nq, Dv)`` and the log-sum-exp ``(..., Hkv, G, Nq)``, in
     the accumulation dtype. `tile` overrides the choice of tile; it never changes the meaning.
     """
-    nq, nk = call.lengths
-    if 0 in (*call.batch, *call.heads, nq, nk):
+    kind = loops.schedule(call.xp)
+    if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
         return finish(call, start(call, call.q, call.k, call.v))
     with np.errstate(invalid="ignore", over="ignore"):
-        return SCHEDULES[loops.schedule(call.xp)](call, tile)
+        return SCHEDULES[kind](call, tile)
 
 
 # -- One tile ---------------------------------------------------------------------------------
@@ -305,15 +305,16 @@ def stack_tiles(x: Array, size: int, xp: Namespace) -> Array:
     if missing:
         pad = xp.zeros((*x.shape[:-2], missing, x.shape[-1]), dtype=x.dtype)
         x = xp.concat([x, pad], axis=-2)
-    x = xp.reshape(x, (*x.shape[:-2], -1, size, x.shape[-1]))
+    x = xp.reshape(x, (*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1]))
     return xp.moveaxis(x, -3, 0)
 
 
 def unstack_rows(out: Array, lse: Array, nq: int, xp: Namespace) -> tuple[Array, Array]:
     """Tiles of query rows along a first axis, put in their place; padding cut off."""
     out, lse = xp.moveaxis(out, 0, -3), xp.moveaxis(lse, 0, -2)
-    out = xp.reshape(out, (*out.shape[:-3], -1, out.shape[-1]))
-    lse = xp.reshape(lse, (*lse.shape[:-2], -1))
+    n = lse.shape[-2] * lse.shape[-1]
+    out = xp.reshape(out, (*out.shape[:-3], n, out.shape[-1]))
+    lse = xp.reshape(lse, (*lse.shape[:-2], n))
     return out[..., :nq, :], lse[..., :nq]
 
 

@@ -116,7 +116,9 @@ def grouped_matmul(
         A row for each pair.
     """
     sources = at.slot_pair // per_row if per_row > 1 else at.slot_pair
-    padded = xp.reshape(xp.take(rows, sources, axis=0), (-1, at.chunk, rows.shape[-1]))
+    padded = xp.reshape(
+        xp.take(rows, sources, axis=0), (at.chunk_block.shape[0], at.chunk, rows.shape[-1])
+    )
     chosen = xp.take(blocks, at.chunk_block, axis=0)
     products = xp.matmul(padded, chosen)
     flat = xp.reshape(products, (math.prod(products.shape[:2]), products.shape[-1]))

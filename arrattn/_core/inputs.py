@@ -8,6 +8,7 @@ All reasons that hold are raised together, with the shapes of q, k and v.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -461,8 +462,14 @@ def read_softmax(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
+    also: Callable[[Reasons, int], None] | None = None,
 ) -> SoftmaxInputs:
-    """Read the arguments of dense, local and sparse attention."""
+    """
+    Read the arguments of dense, local and sparse attention.
+
+    ``also(reasons, nk)`` checks what a function takes beside them, so that all complaints
+    come together.
+    """
     reasons = Reasons(function)
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks}
     named |= {"kv_lengths": kv_lengths, "q_offset": q_offset}
@@ -490,6 +497,8 @@ def read_softmax(
         softcap = read_number("softcap", softcap, reasons, positive=True)
     seen_by = read_window(window, reasons)
     segments = read_segments(segment_ids, nq, nk, batch, reasons)
+    if also is not None:
+        also(reasons, nk)
     reasons.check()
     if offset is None:
         offset = (nk if lengths is None else lengths) - nq
@@ -637,30 +646,50 @@ def read_state(
 
 
 def read_sparse(
-    call: SoftmaxInputs,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
     block_size: object,
     top_k: object,
     route: object,
     select: object,
     per: object,
-) -> Choice:
-    """Read what sparse attention takes beside the arguments of the family."""
-    reasons = Reasons("sparse_attention")
-    nk = call.lengths[1]
-    root = math.isqrt(nk - 1) + 1 if nk else 1
-    block = root if block_size is None else read_count("block_size", block_size, reasons, low=1)
-    count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
-    blocks = None if route is None else read_count("route", route, reasons, low=0)
-    for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
-        if value not in known:
-            expected = ", ".join(map(repr, known))
-            reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
-    reasons.check()
-    block, count = min(block, max(nk, 1)), min(count, nk)
-    # Every block may be another one: a position outside the keys has no block of its own.
-    others = -(-nk // block)
-    searched = (others if blocks is None else min(blocks, others)) if count else 0
-    return Choice(block, count, searched, exhaustive=searched > 0 and searched == others)
+    **shared: Any,
+) -> tuple[SoftmaxInputs, Choice]:
+    """Read the arguments of sparse attention; `shared` are those of the whole family."""
+    choices: list[Choice] = []
+
+    def read_choice(reasons: Reasons, nk: int) -> None:
+        root = math.isqrt(nk - 1) + 1 if nk else 1
+        block = root if block_size is None else read_count("block_size", block_size, reasons, low=1)
+        count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
+        blocks = None if route is None else read_count("route", route, reasons, low=0)
+        for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
+            if value not in known:
+                expected = ", ".join(map(repr, known))
+                reasons.add(ValueError, f"{name}: expected {expected}, got {value!r}")
+        block, count = max(min(block, nk), 1), min(count, nk)
+        # Every block may be another one: a position outside the keys has no own block.
+        others = -(-nk // block)
+        searched = (others if blocks is None else min(blocks, others)) if count else 0
+        choices.append(Choice(block, count, searched, searched > 0 and searched == others))
+
+    call = read_softmax("sparse_attention", q, k, v, also=read_choice, **shared)
+    return call, choices[0]
+
+
+def read_local(
+    q: Array, k: Array, v: Array, *, window: tuple[int | None, int | None], **shared: Any
+) -> SoftmaxInputs:
+    """Read the arguments of local attention, which needs a window."""
+
+    def require_window(reasons: Reasons, nk: int) -> None:
+        del nk
+        if window is None:
+            reasons.add(TypeError, "window: expected a pair (left, right), got None")
+
+    return read_softmax("local_attention", q, k, v, window=window, also=require_window, **shared)
 
 
 def read_parts(parts: Any) -> Namespace:
@@ -705,10 +734,3 @@ def read_parts(parts: Any) -> Namespace:
             )
     reasons.check()
     return xp
-
-
-def require_window(function: str, window: object) -> None:
-    """Local attention needs a window; None is dense attention."""
-    if window is None:
-        msg = f"{function}: window: expected a pair (left, right), got None"
-        raise TypeError(msg)

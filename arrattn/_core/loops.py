@@ -230,7 +230,7 @@ def map_blocks(
     arrays: Sequence[Array],
     trailing: Sequence[int],
     sizes: Sequence[tuple[int, ...]],
-    dtype: Any,
+    dtypes: Sequence[Any],
 ) -> tuple[Array, ...]:
     """
     `function` on blocks of Dask arrays, cut along all but their last `trailing` axes.
@@ -259,7 +259,7 @@ def map_blocks(
         f"{spell(names)}->{spell(outs)}",
         *arrays,
         output_sizes=flat,
-        meta=tuple(da.utils.meta_from_array(arrays[0], dtype=dtype) for _ in sizes),
+        meta=tuple(da.utils.meta_from_array(arrays[0], dtype=dtype) for dtype in dtypes),
     )
     return results
 
@@ -309,6 +309,38 @@ def rescale_add(o: Array, factor: Array, more: Array, *, xp: Namespace) -> Array
     if compat.is_numpy_namespace(xp) and o.flags.writeable and o.shape == more.shape:
         return np.add(np.multiply(o, factor, out=o), more, out=o)
     return o * factor + more
+
+
+class Pieces:
+    """
+    Pieces of an output along its last axis but one, joined at the end.
+
+    On NumPy they can be written where they belong at once, so that none is held twice.
+
+    Parameters
+    ----------
+    into : array, optional
+        A NumPy array for the whole output.
+    """
+
+    def __init__(self, into: Array | None = None) -> None:
+        self.into, self.filled = into, 0
+        self.held: list[Array] = []
+
+    def add(self, piece: Array) -> None:
+        """Put the next piece behind those that are there."""
+        if self.into is None:
+            self.held.append(piece)
+            return
+        stop = self.filled + piece.shape[-2]
+        self.into[..., self.filled : stop, :] = piece
+        self.filled = stop
+
+    def joined(self, *, xp: Namespace) -> Array:
+        """The whole."""
+        if self.into is not None:
+            return self.into
+        return self.held[0] if len(self.held) == 1 else xp.concat(self.held, axis=-2)
 
 
 # -- Threads, for NumPy -----------------------------------------------------------------------

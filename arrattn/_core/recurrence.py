@@ -14,12 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops, tiles
+from arrattn._core import loops, staging, tiles
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
-from arrattn.feature_maps import FeatureMap, Features
+from arrattn.feature_maps import Custom, FeatureMap, Features
 
 #: Tokens per step: products within a chunk cost as much as those with the memory.
 CHUNK = 128
@@ -108,6 +109,23 @@ class Keys(NamedTuple):
     v: Array  # (..., Hkv, c, Dv + 1)
 
 
+def attend(how: How, x: Operands) -> tuple[Array, Array, Array]:
+    """
+    Do a call as suits its library: what `run` gives.
+    """
+    kind = loops.schedule(how.xp)
+    with np.errstate(invalid="ignore", over="ignore"):
+        if kind == "threads":
+            return run_threads(how, x)
+        if kind == "blocks":
+            return run_blocks(how, x)
+        if isinstance(how.feature_map, Custom):
+            # A function may change what it does between calls: never compile it for good.
+            return run(how, x)
+        out, S, z = loops.staged(run, how, x, xp=how.xp)
+        return out, S, z
+
+
 def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
     """
     `run` on NumPy: a job for each batch item and key head.
@@ -121,7 +139,7 @@ def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
 
     def job(b: tuple[int, ...], h: int) -> None:
         at: Any = (*b, slice(h, h + 1))
-        out[at], S[at], z[at] = run(alone, x.item(b, h))
+        _, S[at], z[at] = run(alone, x.item(b, h), out[at])
 
     jobs = [partial(job, b, h) for b in np.ndindex(*how.batch) for h in range(hkv)]
     largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
@@ -129,29 +147,76 @@ def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
     return out, S, z
 
 
-def run(how: How, x: Operands) -> tuple[Array, Array, Array]:
+def run_blocks(how: How, x: Operands) -> tuple[Array, Array, Array]:
+    """
+    `run` on blocks of items and heads of a lazy call, when they are computed.
+    """
+    (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
+    f = features_of(how.feature_map, x.k, how.acc, how.xp)
+    sizes = [(g, nq, dv), (f.phi.shape[-1], dv), (f.phi.shape[-1],)]
+    dtypes = [x.q.dtype, how.acc, how.acc]
+    if 0 in (*how.batch, hkv, g):
+        lead = (*how.batch, hkv)
+        empty = [
+            how.xp.zeros((*lead, *size), dtype=t) for size, t in zip(sizes, dtypes, strict=True)
+        ]
+        return empty[0], empty[1], empty[2]
+    state = x.state or (None, None)
+    pieces = [
+        staging.Piece(x.q, 3),
+        staging.Piece(x.k, 2),
+        staging.Piece(x.v, 2),
+        staging.Piece(x.key_mask, 1),
+        staging.Piece(x.q_ids, 1, has_head=False),
+        staging.Piece(x.k_ids, 1, has_head=False),
+        staging.Piece(x.lengths, 0, has_head=False),
+        staging.Piece(state[0], 2),
+        staging.Piece(state[1], 1),
+    ]
+
+    def on_block(q: Array, k: Array, v: Array, *rest: Any) -> Any:
+        mask, q_ids, k_ids, lengths, S, z = rest
+        xp = compat.array_namespace(q)
+        block = how._replace(
+            xp=xp,
+            batch=np.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3]),
+            acc=staging.block_dtype(how.acc, xp),
+        )
+        weights = how.feature_map.weights(xp.astype(k[..., :0, :], block.acc), xp)
+        past = None if S is None else LinearState(S, z)
+        operands = Operands(q, k, v, mask, q_ids, k_ids, lengths, past, weights)
+        return (run_threads if loops.schedule(xp) == "threads" else run)(block, operands)
+
+    out, S, z = staging.on_blocks(on_block, pieces, sizes, dtypes)
+    return out, S, z
+
+
+def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array, Array]:
     """
     Do the call: the outputs (..., Hkv, G, Nq, Dv), in the dtype of `q`, and the state.
+
+    Outputs are written to `into`, where that is given.
     """
     xp = how.xp
     q, k, v = (
         xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in ((x.q, 4), (x.k, 3), (x.v, 3))
     )
     x = x._replace(q=q, k=k, v=v)
-    start = _start(how, x)
+    start, out = _start(how, x), loops.Pieces(into)
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
-        out, memory = _zeros_out(how, x), start
+        out.add(_zeros_out(how, x))
+        memory = start
     elif x.q_ids is not None or (how.is_causal and x.lengths is not None):
-        out, memory = _sorted(how, x, start)
+        memory = _sorted(how, x, start, out)
     elif how.is_causal:
-        out, memory = _side_by_side(how, x, start)
+        memory = _side_by_side(how, x, start, out)
     else:
         memory = _absorb_all(how, x, start)
-        out = _read_all(how, x, memory)
+        _read_all(how, x, memory, out)
     S = memory.S
     if memory.log is not None:
         S = S * xp.exp(_finite(memory.log, xp))[..., None, None]
-    return out, S[..., :-1], S[..., -1]
+    return out.joined(xp=xp), S[..., :-1], S[..., -1]
 
 
 def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
@@ -171,11 +236,11 @@ def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
     if x.k.shape[-2] == 0:
         return memory
     parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
-    after: Memory = _over_chunks(step, memory, parts, x.k.shape[-2], how)[0]
+    after: Memory = _over_chunks(step, memory, parts, x.k.shape[-2], how, loops.Pieces())
     return after
 
 
-def _read_all(how: How, x: Operands, memory: Memory) -> Array:
+def _read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
     """Every query, of the same memory."""
 
     def step(carry: tuple[()], part: Any) -> tuple[tuple[()], Array]:
@@ -187,38 +252,38 @@ def _read_all(how: How, x: Operands, memory: Memory) -> Array:
         return carry, _finish(how, x, f, top, base)
 
     if x.q.shape[-2] == 0:
-        return _zeros_out(how, x)
-    return _over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how)[1]
+        out.add(_zeros_out(how, x))
+    else:
+        _over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how, out)
 
 
-def _side_by_side(how: How, x: Operands, memory: Memory) -> tuple[Array, Memory]:
+def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
     """
     Causal, the last query beside the last key: whichever side is longer starts alone.
     """
     ahead = x.k.shape[-2] - x.q.shape[-2]
-    outs: list[Array] = []
     if ahead > 0:
         memory = _absorb_all(how, x.keys(0, ahead), memory)
         x = x.keys(ahead, x.k.shape[-2])
     elif ahead < 0:
-        outs = [_read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory)]
+        _read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory, out)
         x = x._replace(q=x.q[..., -ahead:, :])
     n = x.k.shape[-2]
-    if n:
-        parts = [(x.q, -2), (x.k, -2), (x.v, -2), (x.key_mask, -1), (None, -1)]
-        memory, out = _over_chunks(_causal_step(how, x, None), memory, parts, n, how)
-        outs.append(out)
-    elif not outs:
-        outs.append(_read_all(how, x, memory))
-    return (how.xp.concat(outs, axis=-2) if len(outs) > 1 else outs[0]), memory
+    if n == 0:
+        _read_all(how, x, memory, out)
+        return memory
+    parts = [(x.q, -2), (x.k, -2), (x.v, -2), (x.key_mask, -1), (None, -1)]
+    after: Memory = _over_chunks(_causal_step(how, x, None), memory, parts, n, how, out)
+    return after
 
 
-def _sorted(how: How, x: Operands, start: Memory) -> tuple[Array, Memory]:
+def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
     """
     Segments in any order, or positions that only the arrays know: sort, then go causally.
     """
     if x.q.shape[-2] == 0 or x.k.shape[-2] == 0:
-        return _read_all(how, x, start), _absorb_all(how, x, start)
+        _read_all(how, x, start, out)
+        return _absorb_all(how, x, start)
     xp = how.xp
     aligned = x.lengths is None and x.q.shape[-2] == x.k.shape[-2]
     own = how.is_causal and how.same_ids and aligned
@@ -240,9 +305,10 @@ def _sorted(how: How, x: Operands, start: Memory) -> tuple[Array, Memory]:
     )
     parts = [(q, -2), (k, -2), (v, -2), (mask, -1), (order.ids, -1)]
     step = _causal_step(how, x, initial)
-    after, out = _over_chunks(step, memory, parts, q.shape[-2], how)
-    out = _gather_tokens(out, order.row, how)
-    return out, after if order.ids is None else _absorb_all(how, x, start)
+    mixed = loops.Pieces()
+    after = _over_chunks(step, memory, parts, q.shape[-2], how, mixed)
+    out.add(_gather_tokens(mixed.joined(xp=xp), order.row, how))
+    return after if order.ids is None else _absorb_all(how, x, start)
 
 
 class Order(NamedTuple):
@@ -347,7 +413,8 @@ def _read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) ->
     if mask is not None:
         phi = xp.where(mask[..., None], phi, 0.0)
         log = None if log is None else xp.where(mask, log, -math.inf)
-    return Keys(phi, log, xp.concat([v, xp.ones_like(v[..., :1])], axis=-1))
+    one = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=loops.device_of(v))
+    return Keys(phi, log, xp.concat([v, one], axis=-1))
 
 
 def _absorb(memory: Memory, keys: Keys, xp: Namespace) -> Memory:
@@ -465,13 +532,19 @@ def _finite(log: Array, xp: Namespace) -> Array:
 
 
 def _over_chunks(
-    step: Callable[..., Any], carry: Any, parts: list[tuple[Array | None, int]], n: int, how: How
-) -> tuple[Any, Any]:
+    step: Callable[..., Any],
+    carry: Any,
+    parts: list[tuple[Array | None, int]],
+    n: int,
+    how: How,
+    out: loops.Pieces,
+) -> Any:
     """
     Fold `step` over chunks of `n` tokens; each of `parts` comes with the axis of its tokens.
 
-    A library that traces loops sees one step for all whole chunks and one for the rest, so
-    that it compiles as much for a long sequence as for a short one.
+    What a step gives beside the carry is added to `out`. A library that traces loops sees
+    one step for all whole chunks and one for the rest, so that it compiles as much for a
+    long sequence as for a short one.
     """
     xp, size = how.xp, how.chunk
 
@@ -481,21 +554,21 @@ def _over_chunks(
             None if x is None else x[(..., slice(start, stop), *tail[axis])] for x, axis in parts
         )
 
-    whole, outs = n // size * size, []
+    whole = n // size * size
     if loops.schedule(xp) == "scan" and whole > size:
         xs = tuple(
             None if x is None else _chunks_first(x, axis, size, whole, xp) for x, axis in parts
         )
         carry, ys = loops.scan(step, carry, xs, xp=xp)
-        outs = [] if ys is None else [_chunks_joined(ys, xp)]
+        if ys is not None:
+            out.add(_chunks_joined(ys, xp))
     else:
         whole = 0
     for start in range(whole, n, size):
         carry, y = step(carry, cut(start, min(start + size, n)))
-        outs += [] if y is None else [y]
-    if not outs:
-        return carry, None
-    return carry, outs[0] if len(outs) == 1 else xp.concat(outs, axis=-2)
+        if y is not None:
+            out.add(y)
+    return carry
 
 
 def _chunks_first(x: Array, axis: int, size: int, n: int, xp: Namespace) -> Array:

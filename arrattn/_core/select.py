@@ -46,11 +46,11 @@ def attend_selected(
 
     `rows` overrides how many queries are handled at once; it never changes the meaning.
     """
-    nq, nk = call.lengths
-    if 0 in (*call.batch, *call.heads, nq, nk):
+    kind = loops.schedule(call.xp)
+    if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
         return engine.finish(call, engine.start(call, call.q, call.k, call.v))
     with np.errstate(invalid="ignore", over="ignore"):
-        return _SCHEDULES[loops.schedule(call.xp)](call, choice, rows)
+        return _SCHEDULES[kind](call, choice, rows)
 
 
 # -- Choosing ---------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _blocked(x: Array, size: int, *, axis: int, xp: Namespace) -> Array:
     if missing:
         shape = (*x.shape[:at], missing, *x.shape[at + 1 :])
         x = xp.concat([x, xp.zeros(shape, dtype=x.dtype, device=loops.device_of(x))], axis=at)
-    return xp.reshape(x, (*x.shape[:at], -1, size, *x.shape[at + 1 :]))
+    return xp.reshape(x, (*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :]))
 
 
 # -- A tile of queries ------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def prepare(call: SoftmaxInputs, choice: Choice) -> Keys:
     def blocks(x: Array) -> Array:
         x = _blocked(engine.enter(call, x), choice.block, axis=-2, xp=xp)
         x = xp.broadcast_to(x, (*lead, *x.shape[-3:]))
-        return xp.reshape(x, (-1, *x.shape[-2:]))
+        return xp.reshape(x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
 
     return Keys(blocks(call.k), blocks(call.v), means)
 
@@ -298,7 +298,7 @@ def _routed_tile(
     if call.pattern is not None:
         visible = visible & call.pattern.visible(chosen)
 
-    q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (-1, q.shape[-1]))
+    q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (math.prod(shape), q.shape[-1]))
     s = _block_scores(q, keys.k, at, n, finite, xp=xp)
     s = engine.adjust(call, xp.reshape(s, j.shape), chosen)
     own = xp.reshape(xp.arange(n * size, device=call.device) < size, (1, n * size))

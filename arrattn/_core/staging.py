@@ -88,32 +88,69 @@ def _run_traced(static: _Static, operands: Any) -> Any:
     return static.run(call, static.extra, tables)
 
 
+class Piece(NamedTuple):
+    """An array of a lazy call, its last `kept` axes whole in every block."""
+
+    array: Array | None
+    kept: int
+    has_head: bool = True  # whether the axis before those is the key heads'
+
+
+def on_blocks(
+    function: Callable[..., Any],
+    pieces: list[Piece],
+    sizes: list[tuple[int, ...]],
+    dtypes: list[Any],
+) -> tuple[Array, ...]:
+    """
+    ``function(*arrays)`` on each block of batch items and heads, when it is computed.
+
+    It gets a block of each of `pieces` (None for None), an array of whatever library the
+    lazy arrays are made of. The results have the leading axes, then `sizes`.
+    """
+    # Blocks are cut along a head axis, so every array gets one while it travels.
+    arrays = [
+        x if has_head else compat.array_namespace(x).expand_dims(x, axis=x.ndim - kept)
+        for x, kept, has_head in pieces
+        if x is not None
+    ]
+    layout = [(x is not None, kept, has_head) for x, kept, has_head in pieces]
+
+    def unpack(*blocks: Array) -> Any:
+        parts = iter(blocks)
+        return function(
+            *(
+                None if not there else next(parts) if has_head else _beheaded(next(parts), kept)
+                for there, kept, has_head in layout
+            )
+        )
+
+    trailing = [kept for there, kept, _ in layout if there]
+    return loops.map_blocks(unpack, arrays, trailing, sizes, dtypes)
+
+
+def _beheaded(x: Array, kept: int) -> Array:
+    return compat.array_namespace(x).squeeze(x, axis=x.ndim - kept - 1)
+
+
+def block_dtype(dtype: Any, xp: Any) -> Any:
+    """A lazy array's dtype as the library of its blocks names it."""
+    return getattr(xp, np.dtype(dtype).name)
+
+
 def blockwise(
     run: Callable[[SoftmaxInputs], tuple[Array, Array]], call: SoftmaxInputs
 ) -> tuple[Array, Array]:
     """
     ``run`` on each block of batch items and heads of a lazy call, when it is computed.
 
-    A block holds its items' queries and keys whole; it is an array of whatever library the
-    lazy array is made of, and is planned with its real values.
+    A block holds its items' queries and keys whole, and is planned with its real values.
     """
-    arrays: list[Array] = []
-    trailing: list[int] = []
-
-    def note(x: Array | None, kept: int, *, has_head: bool = True) -> None:
-        # Every array gets a head axis behind its batch axes; blocks are cut along those.
-        if x is not None:
-            cut = x if has_head else call.xp.expand_dims(x, axis=x.ndim - kept)
-            arrays.append(cut)
-            trailing.append(kept)
-
-    note(call.q, 3)
-    note(call.k, 2)
-    note(call.v, 2)
-    note(call.bias, 3)
-    note(call.sinks, 3)
-    lazy_offset = not isinstance(call.offset, int)
-    note(call.offset if lazy_offset else None, 4, has_head=False)
+    (hkv, g), (nq, _), dv = call.heads, call.lengths, call.v.shape[-1]
+    if 0 in (*call.batch, hkv, g):
+        shape = (*call.batch, hkv, g, nq)
+        zeros = call.xp.zeros((*shape, dv), dtype=call.acc)
+        return zeros, call.xp.zeros(shape, dtype=call.acc)
     own: list[Array] = []
     skeleton = patterns.detach(call.pattern, own)
     layout: list[int] = []
@@ -123,22 +160,23 @@ def blockwise(
         return x
 
     patterns.pick(call.pattern, note_layout)
-    for x, kept in zip(own, layout, strict=True):
-        note(x, min(kept, 3), has_head=kept == 4)
+    offset = None if isinstance(call.offset, int) else call.offset
+    pieces = [
+        Piece(call.q, 3),
+        Piece(call.k, 2),
+        Piece(call.v, 2),
+        Piece(call.bias, 3),
+        Piece(call.sinks, 3),
+        Piece(offset, 4, has_head=False),
+        *(Piece(x, min(n, 3), has_head=n == 4) for x, n in zip(own, layout, strict=True)),
+    ]
+    bare = call._replace(q=None, k=None, v=None, bias=None, sinks=None, pattern=None)
+    known = call.offset if offset is None else None
+    bare = bare._replace(offset=0)
 
-    def on_block(*blocks: Array) -> tuple[Array, Array]:
-        parts = iter(blocks)
-        q, k, v = next(parts), next(parts), next(parts)
-        lead = (*np.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3]),)
-        bias = None if call.bias is None else next(parts)
-        sinks = None if call.sinks is None else next(parts)
-        offset = _without_head(next(parts), 4) if lazy_offset else call.offset
-        held = tuple(
-            x if kept == 4 else _without_head(x, kept)
-            for x, kept in zip(parts, layout, strict=True)
-        )
+    def on_block(q: Array, k: Array, v: Array, bias: Any, sinks: Any, at: Any, *held: Array) -> Any:
         xp = compat.array_namespace(q)
-        block = call._replace(
+        block = bare._replace(
             xp=xp,
             device=loops.device_of(q),
             q=q,
@@ -146,17 +184,12 @@ def blockwise(
             v=v,
             bias=bias,
             sinks=sinks,
-            offset=offset,
+            offset=at if known is None else known,
             pattern=patterns.attach(skeleton, held),
-            batch=lead,
-            acc=getattr(xp, np.dtype(call.acc).name),
+            batch=np.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3]),
+            acc=block_dtype(bare.acc, xp),
         )
         return run(block)
 
-    nq, dv = call.lengths[0], call.v.shape[-1]
-    sizes = ((call.heads[1], nq, dv), (call.heads[1], nq))
-    return loops.map_blocks(on_block, arrays, trailing, sizes, call.acc)
-
-
-def _without_head(x: Array, kept: int) -> Array:
-    return compat.array_namespace(x).squeeze(x, axis=x.ndim - kept - 1)
+    out, lse = on_blocks(on_block, pieces, [(g, nq, dv), (g, nq)], [call.acc, call.acc])
+    return out, lse
