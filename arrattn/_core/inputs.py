@@ -668,7 +668,7 @@ def read_sparse(
         for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
             if value not in known:
                 expected = ", ".join(map(repr, known))
-                reasons.add(ValueError, f"{name}: expected {expected}, got {value!r}")
+                reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
         block, count = max(min(block, nk), 1), min(count, nk)
         # Every block may be another one: a position outside the keys has no own block.
         others = -(-nk // block)
