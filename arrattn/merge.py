@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial, reduce
 
-from arrattn._core import inputs, loops
-from arrattn._core.typing import Array, Namespace
+from arrattn._core import inputs, online_softmax
+from arrattn._core.typing import Array
 
 __all__ = ["merge"]
 
@@ -67,21 +67,7 @@ def merge(parts: Sequence[tuple[Array, Array]], /) -> tuple[Array, Array]:
     True
     """
     xp = inputs.read_parts(parts)
-    outs = [out for out, _ in parts]
-    lses = [lse for _, lse in parts]
-    m = loops.stop_gradient(lses[0])
-    for lse in lses[1:]:
-        m = xp.maximum(m, loops.stop_gradient(lse))
-    shift = xp.where(m == -math.inf, xp.zeros_like(m), m)
-    weights = [xp.exp(lse - shift) for lse in lses]
-    total, summed = weights[0], _weighted(outs[0], weights[0], xp)
-    for out, weight in zip(outs[1:], weights[1:], strict=True):
-        total, summed = total + weight, summed + _weighted(out, weight, xp)
-    none = total == 0
-    safe = xp.where(none, xp.ones_like(total), total)
-    merged = xp.astype(summed / safe[..., None], outs[0].dtype, copy=False)
-    return merged, xp.where(none, m, shift + xp.log(safe))
-
-
-def _weighted(out: Array, weight: Array, xp: Namespace) -> Array:
-    return xp.astype(out, weight.dtype, copy=False) * weight[..., None]
+    states = [online_softmax.reopen(out, lse, xp=xp) for out, lse in parts]
+    whole = reduce(partial(online_softmax.merge, xp=xp), states)
+    out, lse = online_softmax.finish(whole, xp=xp)
+    return xp.astype(out, parts[0][0].dtype, copy=False), lse

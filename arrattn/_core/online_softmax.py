@@ -93,6 +93,14 @@ def merge(a: State, b: State, *, xp: Namespace) -> State:
     return State(m, a.l * u + b.l * w, a.o * u + b.o * w)
 
 
+def reopen(out: Array, lse: Array, *, xp: Namespace) -> State:
+    """The state that `finish` made `out` (..., nq, Dv) and `lse` (..., nq) from."""
+    lse = lse[..., None]
+    m = loops.stop_gradient(lse)
+    l = xp.exp(lse - _finite(m, xp=xp))  # noqa: E741  (1, or 0 where nothing was seen)
+    return State(m, l, xp.astype(out, lse.dtype, copy=False) * l)
+
+
 def finish(state: State, *, xp: Namespace) -> tuple[Array, Array]:
     """Output ``(..., nq, Dv)`` and log-sum-exp ``(..., nq)``; an empty row gives 0 and -inf."""
     none = state.l == 0
