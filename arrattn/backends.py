@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["LIBRARIES", "Device", "Library", "Limit", "library", "markdown", "rows"]
@@ -47,13 +47,10 @@ class Limit:
         What does not work, or works differently.
     why : str
         The reason, which lies in the library and not in arrattn.
-    families : tuple of str, default: all four
-        The families of attention concerned.
     """
 
     what: str
     why: str
-    families: tuple[str, ...] = FAMILIES
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,8 @@ class Library:
         The module with the functions of the array API standard.
     packages : tuple of str
         The distributions that may provide `module`, for the version.
-    install : str
-        What installs it beside arrattn.
+    requirement : str
+        What pip is to install: arrattn with an extra, or a package of its own.
     dtypes : tuple of str
         The accepted dtypes of `q`, `k` and `v`.
     devices : tuple of Device
@@ -93,7 +90,7 @@ class Library:
     module: str
     namespace: str
     packages: tuple[str, ...]
-    install: str
+    requirement: str
     dtypes: tuple[str, ...]
     devices: tuple[Device, ...]
     lazy: bool = False
@@ -106,6 +103,26 @@ class Library:
     def installed(self) -> bool:
         """Whether the library can be imported here; it is not imported to find out."""
         return importlib.util.find_spec(self.module.partition(".")[0]) is not None
+
+    @property
+    def install(self) -> str:
+        """The command that installs it."""
+        return _pip_install(self.requirement)
+
+    @property
+    def install_in_checkout(self) -> str:
+        """The command that installs it from the root of a checkout of arrattn."""
+        package, bracket, extra = self.requirement.partition("[")
+        if package != "arrattn":
+            return self.install
+        return _pip_install(f".{bracket}{extra}", "-e ")
+
+    @property
+    def how_to_install(self) -> str:
+        """Both commands in one phrase, or the one where they are the same."""
+        if self.install == self.install_in_checkout:
+            return self.install
+        return f"{self.install} (in a checkout: {self.install_in_checkout})"
 
     @property
     def version(self) -> str | None:
@@ -147,7 +164,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="numpy",
         namespace="array_api_compat.numpy",
         packages=("numpy",),
-        install="pip install arrattn",
+        requirement="arrattn",
         dtypes=DTYPES,
         devices=(Device("cpu"),),
         schedule="a thread pool over heads and query tiles",
@@ -163,7 +180,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="torch",
         namespace="array_api_compat.torch",
         packages=("torch",),
-        install='pip install "arrattn[torch]"',
+        requirement="arrattn[torch]",
         dtypes=DTYPES,
         devices=(Device("cpu"), Device("cuda", tried=False)),
         gradients="torch.autograd",
@@ -173,7 +190,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="jax",
         namespace="jax.numpy",
         packages=("jax",),
-        install='pip install "arrattn[jax]"',
+        requirement="arrattn[jax]",
         dtypes=DTYPES,
         devices=(Device("cpu"), Device("gpu", tried=False)),
         transforms=("jit", "vmap", "grad"),
@@ -191,7 +208,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="dask.array",
         namespace="array_api_compat.dask.array",
         packages=("dask",),
-        install='pip install "arrattn[dask]"',
+        requirement="arrattn[dask]",
         dtypes=DTYPES,
         devices=(Device("cpu"),),
         lazy=True,
@@ -208,7 +225,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="array_api_strict",
         namespace="array_api_strict",
         packages=("array-api-strict",),
-        install="pip install array-api-strict",
+        requirement="array-api-strict",
         dtypes=("float64", "float32"),
         devices=(Device("CPU_DEVICE"), Device("device1")),
         limits=(
@@ -223,7 +240,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="cupy",
         namespace="array_api_compat.cupy",
         packages=("cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x"),
-        install='pip install "arrattn[cupy]"',
+        requirement="arrattn[cupy]",
         dtypes=DTYPES,
         devices=(Device("cuda", tried=False),),
         limits=(
@@ -333,16 +350,21 @@ def markdown() -> str:
     for declared in LIBRARIES:
         lines += [f"- **{declared.name}**: {_sentence(limit)}" for limit in declared.limits]
     lines += ["", "## Installing", ""]
-    lines += _table(("library", "command"), [(d.name, f"`{d.install}`") for d in LIBRARIES])
+    commands = [(d.name, f"`{d.install}`", f"`{d.install_in_checkout}`") for d in LIBRARIES]
+    lines += _table(("library", "command", "in a checkout"), commands)
     return "\n".join(lines) + "\n"
 
 
+def _pip_install(requirement: str, options: str = "") -> str:
+    quoted = f'"{requirement}"' if "[" in requirement else requirement  # shells read brackets
+    return f"pip install {options}{quoted}"
+
+
 def _sentence(limit: Limit) -> str:
-    where = "" if limit.families == FAMILIES else f" ({_joined(limit.families)})"
-    return f"{limit.what}{where}: {limit.why}."
+    return f"{limit.what}: {limit.why}."
 
 
-def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *body)]
 
 

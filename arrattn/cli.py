@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from arrattn import __version__, backends
 
+TABLE_WIDTH = 140  # in a narrower terminal the table's cells would be broken inside words
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
@@ -65,23 +67,27 @@ def _backends(args: argparse.Namespace) -> int:
         sys.stdout.write(backends.markdown())
         return 0
     head, *body = backends.rows(here=True)
-    if importlib.util.find_spec("rich") is not None and sys.stdout.isatty():
-        _print_rich(head, body)
-    else:
+    if not (importlib.util.find_spec("rich") and sys.stdout.isatty() and _print_rich(head, body)):
         _print_plain(head, body)
     return 0
 
 
-def _print_rich(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+def _print_rich(head: Sequence[str], body: Sequence[Sequence[str]]) -> bool:
+    """Print a table where the terminal is wide enough for one, and say whether it was."""
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if console.width < TABLE_WIDTH:
+        return False
     table = Table(title="Array libraries")
-    for title in head:
-        table.add_column(title, overflow="fold")
+    for column in zip(head, *body, strict=True):
+        longest = max(len(word) for cell in column for word in cell.split())
+        table.add_column(column[0], min_width=longest)
     for row in body:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
+    return True
 
 
 def _print_plain(head: Sequence[str], body: Sequence[Sequence[str]]) -> None:

@@ -59,6 +59,32 @@ def test_the_command_lists_what_is_installed(capsys: pytest.CaptureFixture[str])
     assert np.__version__ in text
 
 
+@pytest.mark.parametrize("width", [80, 139, 140, 200])
+def test_no_word_is_broken_in_a_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("LINES", "50")
+    monkeypatch.setenv("TERM", "dumb")
+    assert cli.main(["backends"]) == 0
+    text = capsys.readouterr().out
+    assert ("Array libraries" in text) == (width >= cli.TABLE_WIDTH)
+    for row in backends.rows(here=True):
+        titles = row[0] == "library" and width < cli.TABLE_WIDTH  # its own is not in lines
+        for word in " ".join(row[titles:]).split():
+            assert word in text
+
+
+def test_what_installs_each_library() -> None:
+    torch, strict = backends.library("torch"), backends.library("array-api-strict")
+    assert torch.install == 'pip install "arrattn[torch]"'
+    assert torch.install_in_checkout == 'pip install -e ".[torch]"'
+    assert backends.library("numpy").install_in_checkout == "pip install -e ."
+    assert strict.how_to_install == strict.install == "pip install array-api-strict"
+
+
 def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["backends", "--markdown"]) == 0
     assert capsys.readouterr().out == backends.markdown()

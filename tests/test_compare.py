@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import errno
 import importlib
 import json
 from collections.abc import Iterator
@@ -110,7 +111,17 @@ def test_sentences_are_true_of_the_numbers() -> None:
     assert "sparse is 2.0 times as slow" in findings.sentences(slow)[0]
     both = [*CELLS[3:5], cell("linear", 2048, 0.2, error=0.9)]
     assert "local is both the fastest" in findings.sentences(both)[0]
-    assert "untimed against dense" in findings.sentences([cell("local", 8, 1.0)])[0]
+    alone = [cell("local", 8, 1.0)]
+    assert findings.sentences(alone) == [
+        "At N = 8, local has error 0.25, holding 50% of dense's probability."
+    ]
+    assert findings.sentences([*alone, cell("linear", 8, 0.5, error=0.7)]) == [
+        "At N = 8, local comes closest to dense (error 0.25, holding 50% of dense's probability); "
+        "linear is the fastest (error 0.7)."
+    ]
+    assert findings.sentences([*alone, cell("linear", 8, 2.0, error=0.7)])[0].endswith(
+        "and the closest to dense (error 0.25, holding 50% of dense's probability)."
+    )
     assert findings.sentences(CELLS[:1]) == []
     assert findings.sentences([]) == []
 
@@ -249,15 +260,95 @@ def test_bad_options(options: list[str], said: str, capsys: pytest.CaptureFixtur
         (["--plot", "nowhere/at/all.png"], "--plot nowhere/at/all.png: there is no folder"),
         (["--dtype", "bfloat16", "--array", "array-api-strict"], "supports float64, float32"),
         (["--device", "tpu"], "--device tpu: this library computes on cpu"),
+        (["--plot", "arrattn"], "--plot arrattn: this is a folder"),
+        (["--json", "arrattn"], "--json arrattn: this is a folder"),
+        (["--json", "x.png", "--plot", "./x.png"], "--json would be written to the same file"),
+        (["--json", "x" * 5000], "it cannot be written"),
     ],
 )
 def test_what_cannot_run_is_said(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "arrattn").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert cli.main([*RANDOM, "--lengths", "8", *options]) == 2
     out, err = capsys.readouterr()
     assert said in err
     assert not out
+    assert [path.name for path in tmp_path.iterdir()] == ["arrattn"]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "dask", "array-api-strict"])
+def test_a_device_that_does_not_exist(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not library(name).installed:
+        pytest.skip(f"{name} is not installed")
+    assert cli.main([*RANDOM, "--lengths", "8", "--array", name, "--device", "nope"]) == 2
+    assert "arrattn compare: --device nope: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("p.xyz", "no picture can be written as .xyz; expected one of .avif, "),
+        ("p", "the name has no ending; expected one of "),
+        (".png", "the name has no ending; expected one of "),
+    ],
+)
+def test_pictures_of_no_known_kind(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main([*RANDOM, "--lengths", "8", "--plot", str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert said in err
+    assert ".png" in err
+    assert not out
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_path_without_permission(
+    there: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "x.json"
+    if there:
+        path.touch()
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr("arrattn.bench.settings.os.access", lambda *_: False)
+    assert cli.main([*RANDOM, "--lengths", "8", "--json", str(path)]) == 2
+    said = "this file cannot be written" if there else "no file can be made in the folder"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bad", "good"), [("json", "plot"), ("plot", "json")])
+def test_a_file_that_fails_in_the_end_costs_only_itself(
+    bad: str,
+    good: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    function = {"json": "record.write_record", "plot": "plot.draw"}[bad]
+    monkeypatch.setattr(f"arrattn.bench.{function}", fail)
+    paths = {"json": tmp_path / "x.json", "plot": tmp_path / "x.svg"}
+    options = ["--json", str(paths["json"]), "--plot", str(paths["plot"])]
+    assert cli.main([*RANDOM, "--lengths", "8", *options]) == 1
+    out, err = capsys.readouterr()
+    assert f"--{bad} {paths[bad]}: it was not written (No space left on device)" in err
+    assert f"Wrote {paths[good]}" in out
+    assert f"Wrote {paths[bad]}" not in out
+    assert paths[good].stat().st_size > 0
 
 
 # --- the user's own arrays
@@ -397,7 +488,11 @@ def test_random_works_without_the_extra(without: Any, capsys: pytest.CaptureFixt
     assert "dense  " in out
     assert "feature map relu" in out
     assert cli.main([*RANDOM, "--plot", "x.png"]) == 2
-    assert "--plot needs the package matplotlib" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--plot needs the package matplotlib" in err
+    assert 'pip install "arrattn[demo]"' in err
+    assert "or leave out --plot" in err
+    assert "--random" not in err
 
 
 def test_missing_library(
@@ -409,7 +504,8 @@ def test_missing_library(
 
     monkeypatch.setattr("arrattn.bench.libraries.importlib.import_module", fail)
     assert cli.main([*RANDOM, "--array", "torch"]) == 2
-    assert 'pip install "arrattn[torch]"' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert 'pip install "arrattn[torch]" (in a checkout: pip install -e ".[torch]")' in err
 
 
 def test_ctrl_c_keeps_what_is_done(

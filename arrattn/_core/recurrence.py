@@ -37,7 +37,8 @@ class How(NamedTuple):
     batch: tuple[int, ...]
     acc: DType
     same_ids: bool  # one array of ids serves both sides
-    chunk: int = CHUNK
+    chunk: int
+    careful: bool = True  # keys or values may hold what is not finite
 
 
 class Operands(NamedTuple):
@@ -92,12 +93,17 @@ class Memory(NamedTuple):
     """
     The sums over past keys, ``S exp(log)``; `log` is None where the features carry none.
 
+    What is not finite stays out of the sums, and `bad` tells in which columns: a NaN in them
+    would reach the gradients of queries that do not see it through ``0 * NaN``. It is None
+    where all is known to be finite.
+
     Sorted tokens come one segment after the other: then `ids` names the segment that the
     sums belong to, and they are invisible to every other.
     """
 
     S: Array  # (..., Hkv, Dphi, Dv + 1)
     log: Any  # (..., Hkv), or None
+    bad: Any  # bool, (..., Hkv, 1, Dv + 1), or None
     ids: Any = None  # (...), or None
 
 
@@ -107,6 +113,7 @@ class Keys(NamedTuple):
     phi: Array  # (..., Hkv, c, Dphi)
     log: Any  # (..., Hkv, c), or None
     v: Array  # (..., Hkv, c, Dv + 1)
+    bad: Array | None  # bool, as v
 
 
 def attend(how: How, x: Operands) -> tuple[Array, Array, Array]:
@@ -202,6 +209,9 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
         xp.broadcast_to(a, (*how.batch, *a.shape[-n:])) for a, n in ((x.q, 4), (x.k, 3), (x.v, 3))
     )
     x = x._replace(q=q, k=k, v=v)
+    # A sum tells whether all terms are finite, and needs no array to do so.
+    sums = (xp.isfinite(xp.sum(a, dtype=how.acc)) for a in (x.k, x.v))
+    how = how._replace(careful=not all(loops.truth(a) for a in sums))
     start, out = _start(how, x), loops.Pieces(into)
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
         out.add(_zeros_out(how, x))
@@ -216,6 +226,8 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     S = memory.S
     if memory.log is not None:
         S = S * xp.exp(_finite(memory.log, xp))[..., None, None]
+    if memory.bad is not None:
+        S = xp.where(memory.bad, math.nan, S)
     return out.joined(xp=xp), S[..., :-1], S[..., -1]
 
 
@@ -249,7 +261,8 @@ def _read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
         base = None
         if memory.log is not None:
             base = _finite(memory.log, how.xp)[..., None, None, None]
-        return carry, _finish(how, x, f, top, base)
+        bad = None if memory.bad is None else memory.bad[..., None, :, :]
+        return carry, _finish(how, x, f, top, base, bad)
 
     if x.q.shape[-2] == 0:
         out.add(_zeros_out(how, x))
@@ -298,7 +311,7 @@ def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
     if order.ids is not None:
         # The sums start anew with every segment, so what all queries see stands apart.
         log = None if start.log is None else xp.full_like(start.log, -math.inf)
-        memory = Memory(xp.zeros_like(start.S), log, order.ids[..., 0])
+        memory = Memory(xp.zeros_like(start.S), log, start.bad, order.ids[..., 0])
         initial = None if x.state is None else _seen_past(start, None, xp)
     q, k, v = (
         _gather_tokens(a, at, how) for a, at in ((x.q, order.q), (x.k, order.k), (x.v, order.k))
@@ -391,10 +404,13 @@ def _start(how: How, x: Operands) -> Memory:
         S = xp.broadcast_to(x.state.S, (*shape[:-1], shape[-1] - 1))
         z = xp.broadcast_to(x.state.z, shape[:-1])
         S = xp.concat([S, z[..., None]], axis=-1)
+    bad = None
+    if how.careful:
+        bad = xp.zeros((*shape[:-2], 1, shape[-1]), dtype=xp.bool, device=device)
     if f.log is None:
-        return Memory(S, None)
+        return Memory(S, None, bad)
     log = -math.inf if x.state is None else 0.0
-    return Memory(S, xp.full(shape[:-2], log, dtype=how.acc, device=device))
+    return Memory(S, xp.full(shape[:-2], log, dtype=how.acc, device=device), bad)
 
 
 def _zeros_out(how: How, x: Operands) -> Array:
@@ -409,16 +425,23 @@ def _read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) ->
     k, v = xp.astype(k, how.acc), xp.astype(v, how.acc)
     if mask is not None:
         k, v = xp.where(mask[..., None], k, 0.0), xp.where(mask[..., None], v, 0.0)
+    one = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=loops.device_of(v))
+    v, bad = xp.concat([v, one], axis=-1), None
+    if how.careful:
+        bad_k = ~xp.all(xp.isfinite(k), axis=-1, keepdims=True)
+        bad = ~xp.isfinite(v) | bad_k
+        k, v = xp.where(bad_k, 0.0, k), xp.where(bad, 0.0, v)
     phi, log = how.feature_map.phi_k(k, xp, x.weights)
     if mask is not None:
         phi = xp.where(mask[..., None], phi, 0.0)
         log = None if log is None else xp.where(mask, log, -math.inf)
-    one = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=loops.device_of(v))
-    return Keys(phi, log, xp.concat([v, one], axis=-1))
+    return Keys(phi, log, v, bad)
 
 
 def _absorb(memory: Memory, keys: Keys, xp: Namespace) -> Memory:
     """Add keys to the sums, all under the larger of the two logarithms."""
+    if keys.bad is not None:
+        memory = memory._replace(bad=memory.bad | xp.any(keys.bad, axis=-2, keepdims=True))
     if memory.log is None:
         return memory._replace(S=memory.S + xp.matrix_transpose(keys.phi) @ keys.v)
     top = loops.stop_gradient(xp.max(keys.log, axis=-1))
@@ -433,8 +456,6 @@ def _causal_step(how: How, x: Operands, initial: Past | None) -> Callable[..., A
     """
     A chunk of tokens: pairs within it, the memory of those before, then one more memory.
     """
-    # A sum tells whether all values are finite, and needs no array to do so.
-    finite = loops.truth(how.xp.isfinite(how.xp.sum(x.v, dtype=how.acc)))
 
     def step(memory: Memory, part: Any) -> tuple[Memory, Array]:
         q, k, v, mask, ids = part
@@ -455,13 +476,18 @@ def _causal_step(how: How, x: Operands, initial: Past | None) -> Callable[..., A
             log = xp.where(visible, keys.log[..., None, None, :], -math.inf)
             w = w * xp.exp(log - base)
         w = xp.where(visible, w, 0.0)  # (..., Hkv, G, c, c)
-        top = tiles.weigh(w, keys.v, visible, xp=xp, finite=finite or None)
+        top = tiles.group_matmul(w, keys.v, xp=xp)
+        bad = None
+        if keys.bad is not None:
+            bad = tiles.sees(visible, keys.bad, like=top, nk=t.shape[0], xp=xp)
         for past in pasts:
             term = tiles.group_matmul(f.phi, past.S, xp=xp)
             if base is not None:
                 term = term * xp.exp(past.log - base)
+            if past.bad is not None:
+                bad = bad | (past.bad if past.seen is None else past.bad & past.seen)
             top = top + (term if past.seen is None else xp.where(past.seen, term, 0.0))
-        out = _finish(how, x, f, top, base)
+        out = _finish(how, x, f, top, base, bad)
         if ids is not None:
             memory, keys = _last_segment(memory, keys, ids, xp)
         return _absorb(memory, keys, xp), out
@@ -474,15 +500,17 @@ class Past(NamedTuple):
 
     S: Array  # (..., Hkv, Dphi, Dv + 1)
     log: Any  # (..., Hkv, 1, c | 1, 1), -inf where not seen; or None
+    bad: Any  # bool, (..., Hkv, 1, 1, Dv + 1), or None
     seen: Array | None  # (..., 1, 1, c, 1); None where every row does
 
 
 def _seen_past(memory: Memory, seen: Array | None, xp: Namespace) -> Past:
     """Hide a memory from the rows of other segments."""
+    bad = None if memory.bad is None else memory.bad[..., None, :, :]
     if memory.log is None:
-        return Past(memory.S, None, seen)
+        return Past(memory.S, None, bad, seen)
     log = memory.log[..., None, None, None]
-    return Past(memory.S, log if seen is None else xp.where(seen, log, -math.inf), seen)
+    return Past(memory.S, log if seen is None else xp.where(seen, log, -math.inf), bad, seen)
 
 
 def _largest_log(keys: Keys, visible: Array, pasts: list[Past], xp: Namespace) -> Array | None:
@@ -502,14 +530,22 @@ def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tupl
     same, on = memory.ids[..., None] == last, (ids == last)[..., None, :]  # (..., 1, c)
     S = xp.where(same[..., None, None], memory.S, 0.0)
     phi, v = xp.where(on[..., None], keys.phi, 0.0), xp.where(on[..., None], keys.v, 0.0)
-    if memory.log is None:
-        return Memory(S, None, last[..., 0]), Keys(phi, None, v)
-    log = xp.where(same, memory.log, -math.inf)
-    return Memory(S, log, last[..., 0]), Keys(phi, xp.where(on, keys.log, -math.inf), v)
+    log = key_log = before = bad = None
+    if memory.log is not None:
+        log, key_log = xp.where(same, memory.log, -math.inf), xp.where(on, keys.log, -math.inf)
+    if memory.bad is not None:
+        before, bad = memory.bad & same[..., None, None], keys.bad & on[..., None]
+    return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, v, bad)
 
 
-def _finish(how: How, x: Operands, f: Features, top: Array, base: Array | None) -> Array:
-    """Divide by the normaliser, the last column, or leave the sums as they are."""
+def _finish(
+    how: How, x: Operands, f: Features, top: Array, base: Array | None, bad: Array | None
+) -> Array:
+    """
+    Divide by the normaliser, the last column, or leave the sums as they are.
+
+    NaN goes where a row sees what is `bad`, last of all: no gradient passes through it.
+    """
     xp = how.xp
     top, total = top[..., :-1], top[..., -1:]
     if how.normalize:
@@ -520,6 +556,8 @@ def _finish(how: How, x: Operands, f: Features, top: Array, base: Array | None) 
         out = how.scale * top
         if base is not None and f.log is not None:
             out = out * xp.exp(base + f.log[..., None])
+    if bad is not None:
+        out = xp.where(bad[..., :-1], math.nan, out)
     return xp.astype(out, x.q.dtype, copy=False)
 
 

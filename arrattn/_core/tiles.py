@@ -204,19 +204,40 @@ def weigh(
     if visible is None or finite:
         return group_matmul(p, v, xp=xp, slot=slot)
     bad = ~xp.isfinite(v)
+    out = group_matmul(p, xp.where(bad, xp.zeros_like(v), v), xp=xp)
+    nan = xp.asarray(math.nan, dtype=out.dtype, device=loops.device_of(out))
+    return xp.where(sees(visible, bad, like=out, nk=p.shape[-1], xp=xp), nan, out)
 
-    def poison(visible: Array, bad: Array) -> Array:
-        seen = xp.astype(xp.broadcast_to(visible, p.shape), p.dtype)
-        return group_matmul(seen, xp.astype(bad, p.dtype), xp=xp) > 0
 
-    def clean(visible: Array, bad: Array) -> Array:
-        del visible
-        shape = (*xp.broadcast_arrays(p[..., :1, :1, :1, :1], bad[..., None, :1, :1])[0].shape,)
-        full = (*shape[:-3], p.shape[-3], p.shape[-2], v.shape[-1])
-        return xp.zeros(full, dtype=xp.bool, device=loops.device_of(v))
+def sees(visible: Array, bad: Array, *, like: Array, nk: int, xp: Namespace) -> Array:
+    """
+    In which channels each row sees a value that is `bad`.
 
-    zero = xp.zeros((), dtype=v.dtype, device=loops.device_of(v))
-    out = group_matmul(p, xp.where(bad, zero, v), xp=xp)
-    hit = loops.cond(xp.any(bad), poison, clean, visible, bad, xp=xp)
-    nan = xp.asarray(math.nan, dtype=out.dtype, device=loops.device_of(v))
-    return xp.where(hit, nan, out)
+    Parameters
+    ----------
+    visible : array of bool
+        Broadcastable to (..., Hkv, G, nq, nk).
+    bad : array of bool, shape (..., Hkv, nk, Dv)
+        Which values are bad.
+    like : array, shape (..., Hkv, G, nq, Dv)
+        Something of the shape of the result, and of a floating dtype to count in.
+    nk : int
+        Number of keys.
+    xp : namespace
+        The arrays' namespace.
+
+    Returns
+    -------
+    array of bool, shape (..., Hkv, G, nq, Dv)
+        True where at least one is seen.
+    """
+
+    def count(visible: Array, bad: Array) -> Array:
+        pairs = xp.astype(xp.broadcast_to(visible, (*like.shape[:-1], nk)), like.dtype)
+        return group_matmul(pairs, xp.astype(bad, like.dtype), xp=xp) > 0
+
+    def none(visible: Array, bad: Array) -> Array:
+        del visible, bad
+        return xp.zeros(like.shape, dtype=xp.bool, device=loops.device_of(like))
+
+    return loops.cond(xp.any(bad), count, none, visible, bad, xp=xp)

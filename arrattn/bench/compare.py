@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from arrattn.bench import findings
 from arrattn.bench.display import Display, open_display
@@ -13,7 +14,7 @@ from arrattn.bench.inputs import Inputs, read_inputs
 from arrattn.bench.libraries import open_library
 from arrattn.bench.measure import Cell, measure
 from arrattn.bench.settings import (
-    INSTALL_DEMO,
+    INSTALL,
     CannotRun,
     Settings,
     add_arguments,
@@ -22,6 +23,7 @@ from arrattn.bench.settings import (
 
 __all__ = ["add_arguments", "run"]
 
+UNWRITTEN = 1
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
@@ -37,12 +39,13 @@ def run(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        Exit status: 0, 2 where it cannot run, 130 where Ctrl-C ended it.
+        Exit status: 0, 1 where a file could not be written, 2 where it cannot run, 130
+        where Ctrl-C ended it.
     """
     try:
         settings = read_settings(args)
         if settings.plot is not None:
-            _require_plot()
+            _require_plot(settings.plot)
         return _compare(settings)
     except CannotRun as error:
         print(f"arrattn compare: {error}", file=sys.stderr)
@@ -69,8 +72,10 @@ def _compare(settings: Settings) -> int:
     if not cells:
         raise KeyboardInterrupt
     families = choose_families(settings, inputs.q.shape[-1])
-    _report(settings, inputs, families, cells, display, interrupted=interrupted)
-    return INTERRUPTED if interrupted else 0
+    written = _report(settings, inputs, families, cells, display, interrupted=interrupted)
+    if interrupted:
+        return INTERRUPTED
+    return 0 if written else UNWRITTEN
 
 
 def _report(
@@ -81,8 +86,8 @@ def _report(
     display: Display,
     *,
     interrupted: bool,
-) -> None:
-    """Print the tables and the sentences, write the files."""
+) -> bool:
+    """Print the tables and the sentences, write the files; say whether all were written."""
     display.finish(cells, families)
     heads, _, width = inputs.q.shape
     print(f"q, k, v: {inputs.source}; {heads} heads of width {width}\n")
@@ -90,17 +95,30 @@ def _report(
         print(sentence)
     if interrupted:
         print("Interrupted: the table holds what was done by then.")
+    written = True
     if settings.json is not None:
         from arrattn.bench.record import make_record, write_record
 
         record = make_record(settings, inputs, families, cells, interrupted=interrupted)
-        write_record(settings.json, record)
-        print(f"Wrote {settings.json}")
+        written &= _write("--json", settings.json, lambda path: write_record(path, record))
     if settings.plot is not None:
         from arrattn.bench.plot import draw
 
-        draw(settings.plot, cells, f"{_title(settings)}: {inputs.source}")
-        print(f"Wrote {settings.plot}")
+        title = f"{_title(settings)}: {inputs.source}"
+        written &= _write("--plot", settings.plot, lambda path: draw(path, cells, title))
+    return written
+
+
+def _write(option: str, path: Path, write: Callable[[Path], None]) -> bool:
+    """Write one file; a failure is told, so that the other file is still written."""
+    try:
+        write(path)
+    except (OSError, RuntimeError) as error:  # matplotlib's, where a kind of file needs LaTeX
+        why = getattr(error, "strerror", None) or error
+        print(f"arrattn compare: {option} {path}: it was not written ({why})", file=sys.stderr)
+        return False
+    print(f"Wrote {path}")
+    return True
 
 
 def _title(settings: Settings) -> str:
@@ -110,12 +128,17 @@ def _title(settings: Settings) -> str:
     return f"arrattn compare: {settings.array}{where}, {settings.dtype}, {kind}"
 
 
-def _require_plot() -> None:
+def _require_plot(path: Path) -> None:
     """Find out before the measuring that the picture could not be drawn after it."""
-    from arrattn.bench.plot import require_matplotlib
+    from arrattn.bench.plot import file_types, require_matplotlib
 
     try:
         require_matplotlib()
     except ImportError as error:
-        msg = f"--plot needs the package {error.name}; {INSTALL_DEMO}"
+        msg = f"--plot needs the package {error.name}; {INSTALL}, or leave out --plot"
         raise CannotRun(msg) from error
+    ending, kinds = path.suffix.strip(".").lower(), file_types()
+    if ending not in kinds:
+        what = f"no picture can be written as .{ending}" if ending else "the name has no ending"
+        msg = f"--plot {path}: {what}; expected one of {', '.join(f'.{kind}' for kind in kinds)}"
+        raise CannotRun(msg)

@@ -118,29 +118,33 @@ def _compare(cells: Sequence[Cell], speedups: Mapping[str, float | None]) -> str
     fastest = min(cells, key=lambda cell: cell.median)
     closest = min(cells, key=lambda cell: cell.error)
 
-    def speed(cell: Cell) -> str:
-        return times_as_fast(speedups[cell.family])
+    def told(cell: Cell, before: str) -> str:
+        # Where dense was not timed there is nothing to say of the speed.
+        ratio = speedups[cell.family]
+        return _cost(cell) if ratio is None else f"{before} {times_as_fast(ratio)}{_cost(cell)}"
 
     start = f"At N = {cells[0].length:,}"
     if len(cells) == 1:
         only = cells[0]
-        return f"{start}, {only.family} is {speed(only)}{_cost(only)}."
+        if speedups[only.family] is None:
+            return f"{start}, {only.family} has {_closeness(only)}."
+        return f"{start}, {only.family}{told(only, ' is')}."
     if fastest is closest:
         both = "both the fastest of the approximations and the closest to dense"
-        return f"{start}, {fastest.family} is {both}: {speed(fastest)}{_cost(fastest)}."
+        return f"{start}, {fastest.family} is {both}{told(fastest, ':')}."
     return (
-        f"{start}, {closest.family} comes closest to dense, {speed(closest)}{_cost(closest)}; "
-        f"{fastest.family} is the fastest, {speed(fastest)}{_cost(fastest)}."
+        f"{start}, {closest.family} comes closest to dense{told(closest, ',')}; "
+        f"{fastest.family} is the fastest{told(fastest, ',')}."
     )
 
 
-def times_as_fast(ratio: float | None) -> str:
+def times_as_fast(ratio: float) -> str:
     """
     Put a speed-up into words.
 
     Parameters
     ----------
-    ratio : float or None
+    ratio : float
         Time of dense over time of the family.
 
     Returns
@@ -154,12 +158,14 @@ def times_as_fast(ratio: float | None) -> str:
     >>> times_as_fast(12.3), times_as_fast(0.5)
     ('12 times as fast', '2.0 times as slow')
     """
-    if ratio is None:
-        return "untimed against dense"
     factor, word = (ratio, "fast") if ratio >= 1 else (1 / ratio, "slow")
     return f"{factor:.0f} times as {word}" if factor >= 10 else f"{factor:.1f} times as {word}"
 
 
 def _cost(cell: Cell) -> str:
+    return f" ({_closeness(cell)})"
+
+
+def _closeness(cell: Cell) -> str:
     held = "" if cell.mass is None else f", holding {cell.mass:.0%} of dense's probability"
-    return f" (error {cell.error:.2g}{held})"
+    return f"error {cell.error:.2g}{held}"

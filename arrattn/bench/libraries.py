@@ -59,7 +59,7 @@ def open_library(name: str, dtype: str, device: str | None = None) -> Driver:
     try:
         xp = importlib.import_module(declared.namespace)
     except ImportError as error:
-        msg = f"--array {name}: it cannot be imported ({error}); {declared.install}"
+        msg = f"--array {name}: it cannot be imported ({error}); {declared.how_to_install}"
         raise CannotRun(msg) from error
     driver = DRIVERS.get(name, Driver)(xp, dtype)
     driver.choose_device(device)
@@ -184,7 +184,14 @@ class Driver:
 
 class _Strict(Driver):
     def choose_device(self, name: str | None) -> None:
-        self.device = None if name is None else self.xp.Device(name)
+        if name is None:
+            return
+        try:
+            self.device = self.xp.Device(name)
+            self.xp.empty((0,), dtype=getattr(self.xp, self.dtype), device=self.device)
+        except ValueError as error:
+            msg = f"--device {name}: array-api-strict cannot use it ({error})"
+            raise CannotRun(msg) from error
 
     def put(self, x: Host) -> Array:
         return self.xp.asarray(_cast(x, self.dtype), device=self.device)

@@ -9,7 +9,7 @@ from typing import Any
 from arrattn.bench.findings import exponents, speedup
 from arrattn.bench.measure import Cell
 
-__all__ = ["draw", "require_matplotlib"]
+__all__ = ["draw", "file_types", "require_matplotlib"]
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 COLOURS = {"dense": "#222222", "local": "#0072b2", "sparse": "#009e73", "linear": "#d55e00"}
@@ -21,6 +21,20 @@ Value = Callable[[Cell], float | None]
 def require_matplotlib() -> None:
     """Raise ImportError where matplotlib is missing, before anything is measured."""
     import matplotlib.figure  # noqa: F401
+
+
+def file_types() -> tuple[str, ...]:
+    """
+    List the kinds of picture that matplotlib can write here.
+
+    Returns
+    -------
+    tuple of str
+        File name endings without the dot, in alphabetical order.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return tuple(sorted(FigureCanvasAgg.get_supported_filetypes()))
 
 
 def draw(path: Path, cells: Sequence[Cell], title: str) -> None:
