@@ -174,6 +174,12 @@ class Custom(FeatureMap):
         """Call the function; see `FeatureMap.phi`."""
         del xp, weights
         features = self.function(x)
+        if not hasattr(features, "shape"):
+            msg = (
+                f"feature_map: expected {self.name} to return an array, "
+                f"got {features!r} ({type(features).__name__})"
+            )
+            raise TypeError(msg)
         if tuple(features.shape[:-1]) != tuple(x.shape[:-1]):
             msg = (
                 f"feature_map: expected {self.name} to map (..., N, D) to (..., N, Dphi), "

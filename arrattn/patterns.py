@@ -202,9 +202,13 @@ class Window(Pattern):
     def rectangles(self, at: Rectangles) -> tuple[Bools, Bools]:
         # Every difference j - p between the corners occurs, so both answers are exact.
         lo, hi = at.j0 - at.p1 + 1, at.j1 - 1 - at.p0
-        left = FAR * 4 if self.left is None else self.left
-        right = FAR * 4 if self.right is None else self.right
-        return (lo <= right) & (hi >= -left), (lo >= -left) & (hi <= right)
+        yes = np.True_
+        after, before = (
+            self.right is None or lo <= self.right,
+            self.left is None or hi >= -self.left,
+        )
+        inside = self.left is None or lo >= -self.left, self.right is None or hi <= self.right
+        return yes & after & before, yes & inside[0] & inside[1]
 
     def key_span(self, pairs: Pairs) -> Span:
         lo = None if self.left is None else pairs.p - self.left
@@ -260,7 +264,7 @@ class Prefix(Pattern):
     n: Any
 
     def __post_init__(self) -> None:
-        if _is_array(self.n):
+        if _is_array(self.n) and not isinstance(self.n, Integral):
             _require_integer_array("n", self.n)
         else:
             _store_int(self, "n", low=0)
@@ -269,7 +273,9 @@ class Prefix(Pattern):
         return f"Prefix({_brief(self.n)})"
 
     def _lifted(self, pairs: Pairs) -> Array:
-        return pairs.of_batch(self.n) if _is_array(self.n) else self.n
+        if not _is_array(self.n):
+            return self.n
+        return pairs.xp.astype(pairs.of_batch(self.n), pairs.j.dtype, copy=False)
 
     def visible(self, pairs: Pairs) -> Array:
         return pairs.j < self._lifted(pairs)
@@ -406,7 +412,10 @@ class Segments(Pattern):
         return f"Segments({_brief(self.q_ids)}, {_brief(self.k_ids)})"
 
     def visible(self, pairs: Pairs) -> Array:
-        return pairs.of_queries(self.q_ids) == pairs.of_keys(self.k_ids)
+        def whole(ids: Array) -> Array:
+            return pairs.xp.astype(ids, pairs.j.dtype, copy=False)
+
+        return whole(pairs.of_queries(self.q_ids)) == whole(pairs.of_keys(self.k_ids))
 
     def rectangles(self, at: Rectangles) -> tuple[Bools, Bools]:
         q_ids, k_ids = loops.host_values(self.q_ids), loops.host_values(self.k_ids)

@@ -42,18 +42,28 @@ def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple
 # -- One tile ---------------------------------------------------------------------------------
 
 
-def adjust(call: SoftmaxInputs, s: Array, pairs: Pairs) -> Array:
-    """Softcap and bias of C5, on scores that hold the scale already."""
+def adjust(call: SoftmaxInputs, s: Array, pairs: Pairs, *, scale: float | None = None) -> Array:
+    """Softcap and bias, on scores that hold the scale already unless it is given."""
+    if scale is not None:
+        s = s * scale
     if call.softcap is not None:
         s = call.softcap * call.xp.tanh(s / call.softcap)
     return s if call.bias is None else s + call.xp.astype(pairs.of_pairs(call.bias), s.dtype)
 
 
 def visible_scores(
-    call: SoftmaxInputs, q: Array, k: Array, pairs: Pairs, finite: bool | None
+    call: SoftmaxInputs,
+    q: Array,
+    k: Array,
+    pairs: Pairs,
+    finite: bool | None,
+    *,
+    scale: float | None = None,
 ) -> Array:
     """
-    Scores ``(..., Hkv, G, nq, nk)`` of scaled queries and keys, right where visible.
+    Scores ``(..., Hkv, G, nq, nk)`` of queries and keys, right where visible.
+
+    Queries are scaled already, unless a `scale` for their products is given.
 
     Unless the keys are known to be `finite`, keys that are not are taken out of the product
     and their scores set to NaN: a NaN in a hidden key would otherwise reach the gradients of
@@ -61,10 +71,12 @@ def visible_scores(
     """
     xp = call.xp
     if finite:
-        return adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores"), pairs)
+        return adjust(
+            call, group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores"), pairs, scale=scale
+        )
     bad = ~xp.all(xp.isfinite(k), axis=-1)
     k = xp.where(bad[..., None], xp.zeros_like(k), k)
-    s = adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp), pairs)
+    s = adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp), pairs, scale=scale)
     nan = xp.asarray(math.nan, dtype=s.dtype, device=loops.device_of(s))
     return xp.where(bad[..., None, None, :], nan, s)
 

@@ -147,7 +147,7 @@ def is_array(x: object) -> bool:
 
 def dtype_name(dtype: DType) -> str:
     """The dtype's name without its library: "float32"."""
-    return str(dtype).rpartition(".")[2]
+    return str(dtype).rpartition(".")[2].removesuffix("'>")
 
 
 def describe(x: object) -> str:
@@ -319,7 +319,9 @@ def read_integers(
             f"got {tuple(x.shape)}",  # type: ignore[attr-defined]
         )
         return None
-    return x
+    # Differences of narrow or unsigned integers would wrap around.
+    xp = compat.array_namespace(x)
+    return xp.astype(x, xp.arange(0).dtype, copy=False)
 
 
 def read_lengths(
@@ -485,6 +487,8 @@ def read_softmax(
     sinks = _read_sinks(sinks, (hkv, g), acc, xp, reasons)
     lengths = read_lengths(kv_lengths, nk, batch, reasons)
     offset = read_integers("q_offset", q_offset, batch, reasons)
+    if isinstance(offset, int) and abs(offset) >= patterns.FAR:
+        reasons.add(ValueError, f"q_offset: expected less than 2**40 in size, got {offset}")
     if pattern is not None and not isinstance(pattern, Pattern):
         reasons.add(TypeError, f"pattern: expected an arrattn Pattern, got {describe(pattern)}")
     elif pattern is not None:
@@ -552,7 +556,7 @@ def read_linear(
     reasons = Reasons(function)
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "key_mask": key_mask}
     named |= {"kv_lengths": kv_lengths} | _segment_arrays(segment_ids)
-    if isinstance(initial_state, tuple) and len(initial_state) == 2:
+    if isinstance(initial_state, tuple) and [is_array(x) for x in initial_state] == [True] * 2:
         named |= {f"initial_state.{n}": x for n, x in zip("Sz", initial_state, strict=True)}
     elif initial_state is not None:
         reasons.add(
@@ -666,7 +670,7 @@ def read_sparse(
         count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
         blocks = None if route is None else read_count("route", route, reasons, low=0)
         for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 expected = ", ".join(map(repr, known))
                 reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
         block, count = max(min(block, nk), 1), min(count, nk)

@@ -239,8 +239,19 @@ def map_blocks(
     """
     import dask.array as da
 
+    # Leading axes are cut alike, as the first array that does not broadcast there is cut.
+    cuts: dict[int, Any] = {}
+    for x, t in zip(arrays, trailing, strict=True):
+        for i in range(t, x.ndim):
+            if x.shape[x.ndim - 1 - i] != 1:
+                cuts.setdefault(i - t, x.chunks[x.ndim - 1 - i])
     arrays = [
-        x.rechunk({x.ndim - 1 - i: -1 for i in range(t)})
+        x.rechunk(
+            {
+                x.ndim - 1 - i: -1 if i < t or x.shape[x.ndim - 1 - i] == 1 else cuts[i - t]
+                for i in range(x.ndim)
+            }
+        )
         for x, t in zip(arrays, trailing, strict=True)
     ]
     names = [[f"a{n}x{i}" for i in range(t)] for n, t in enumerate(trailing)]

@@ -98,7 +98,8 @@ def reopen(out: Array, lse: Array, *, xp: Namespace) -> State:
     lse = lse[..., None]
     m = loops.stop_gradient(lse)
     l = xp.exp(lse - _finite(m, xp=xp))  # noqa: E741  (1, or 0 where nothing was seen)
-    return State(m, l, xp.astype(out, lse.dtype, copy=False) * l)
+    out = xp.astype(out, lse.dtype, copy=False)
+    return State(m, l, xp.where(l == 0, xp.zeros_like(out), out) * l)
 
 
 def finish(state: State, *, xp: Namespace) -> tuple[Array, Array]:

@@ -409,8 +409,9 @@ def _start(how: How, x: Operands) -> Memory:
         bad = xp.zeros((*shape[:-2], 1, shape[-1]), dtype=xp.bool, device=device)
     if f.log is None:
         return Memory(S, None, bad)
-    log = -math.inf if x.state is None else 0.0
-    return Memory(S, xp.full(shape[:-2], log, dtype=how.acc, device=device), bad)
+    # A state of zeros weighs nothing, so that it is the same as none.
+    log = xp.where(xp.any(S != 0, axis=(-2, -1)), 0.0, -math.inf)
+    return Memory(S, xp.astype(log, how.acc, copy=False), bad)
 
 
 def _zeros_out(how: How, x: Operands) -> Array:

@@ -100,7 +100,7 @@ def routed_blocks(
     """
     Blocks to search for each query, ascending, padded with the number of blocks.
 
-    Scaled queries `q` (..., Hkv, G, nq, D) give ids (..., Hkv, G, nq, route).
+    Queries `q` (..., Hkv, G, nq, D) give ids (..., Hkv, G, nq, route).
     """
     xp, nk = call.xp, call.lengths[1]
     nb = means.shape[-2]
@@ -112,7 +112,7 @@ def routed_blocks(
     allowed = block != own_block(pairs.p, choice, nk, xp=xp)
     allowed = allowed & _holds_visible(call, choice, pairs, block)
     shape = np.broadcast_shapes(tuple(s.shape), tuple(allowed.shape))
-    s = xp.broadcast_to(s, shape)
+    s = xp.broadcast_to(s * call.scale, shape)
     chosen = top_mask(s, allowed, choice.route, xp=xp)
     # The largest of (nb - id) are the lowest ids; 0 stands for "none".
     return nb - loops.largest(
@@ -256,9 +256,11 @@ def _exhaustive_tile(
     if j0 == j1:
         return engine.finish(call, state)
     pairs = TilePairs(i0, rows.shape[-2], j0, j1 - j0, call.offset, xp=xp, device=call.device)
-    s = engine.visible_scores(call, engine.enter(call, rows, scale=call.scale), k, pairs, finite)
     own = own_block(pairs.p, choice, nk, xp=xp) == pairs.j // choice.block
     visible = xp.ones_like(own) if call.pattern is None else call.pattern.visible(pairs)
+    # The scale comes after the product: before it, rounding could part scores that tie.
+    q = engine.enter(call, rows)
+    s = engine.visible_scores(call, q, k, pairs, finite, scale=call.scale)
     best = top_mask(s, visible & ~own, choice.top_k, xp=xp)
     seen = (visible & own) | best
     return engine.finish(call, online_softmax.absorb(state, s, v, seen, xp=xp, finite=finite))
@@ -275,7 +277,7 @@ def _routed_tile(
     xp, nk, size = call.xp, call.lengths[1], choice.block
     nq, nb = rows.shape[-2], -(-nk // size)
     shape = (*call.batch, *call.heads, nq)
-    q = engine.enter(call, rows, scale=call.scale)
+    q = engine.enter(call, rows)
     pairs = TilePairs(i0, nq, 0, 1, call.offset, xp=xp, device=call.device)
     ids = xp.broadcast_to(own_block(pairs.p, choice, nk, xp=xp), (*shape, 1))
     if keys.means is not None:
@@ -300,7 +302,7 @@ def _routed_tile(
 
     q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (math.prod(shape), q.shape[-1]))
     s = _block_scores(q, keys.k, at, n, finite, xp=xp)
-    s = engine.adjust(call, xp.reshape(s, j.shape), chosen)
+    s = engine.adjust(call, xp.reshape(s, j.shape), chosen, scale=call.scale)
     own = xp.reshape(xp.arange(n * size, device=call.device) < size, (1, n * size))
     seen = visible & own
     if n > 1:
@@ -432,7 +434,7 @@ def _select_batched(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
             call,
             choice,
             keys,
-            call.q[..., i0 : i0 + step, :],
+            call.q[..., i0 : min(i0 + step, nq), :],
             i0,
             finite,
             None if hulls is None else hulls[t],
