@@ -108,7 +108,8 @@ def attention(
     Query `i` stands at position ``i + q_offset``, key `j` at `j`. Tiles of scores are
     folded with the online softmax [2]_ in at least float32, and tiles in which nothing is
     visible are not computed. Time O(Nq Nk (D + Dv)) over the visible tiles; working
-    memory beyond inputs and output is one tile for each worker.
+    memory beyond inputs and output is one tile for each worker on NumPy; other libraries
+    also copy inputs or output, O(N), while they work.
 
     References
     ----------

@@ -35,8 +35,8 @@ def linear_attention(
               S_i = S_0 + \sum_j \phi(k_j) v_j^\top, \quad z_i = z_0 + \sum_j \phi(k_j)
 
     over the keys `j` that query `i` sees. Keys are summed up before queries read, so time
-    is :math:`O((Nq + Nk)\, Dphi\, Dv)` and the working memory does not grow with either
-    length. A query whose weights sum to 0, such as one that sees no key, gives 0.
+    is :math:`O((Nq + Nk)\, Dphi\, Dv)`, and on NumPy the working memory does not grow with
+    either length (other libraries copy inputs or output). A query whose weights sum to 0, such as one that sees no key, gives 0.
 
     Parameters
     ----------

@@ -103,7 +103,8 @@ def local_attention(
 
     Notes
     -----
-    Time O(Nq (left + right + tile) (D + Dv)); working memory is one tile for each worker.
+    Time O(Nq (left + right + tile) (D + Dv)); working memory is
+    that of `attention`.
     Tiles are folded with the online softmax [2]_ in at least float32. Other libraries'
     windows::
 

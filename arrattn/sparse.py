@@ -125,7 +125,8 @@ def sparse_attention(
     A block takes part in routing if it holds a key that the query sees; its mean is over the
     finite keys that some query sees, and its score is ``q . mean`` times the sign of `scale`. Ties
     go to the lower index, for blocks and for keys. With the default sizes time is
-    O(Nq sqrt(Nk) (D + Dv)), working memory O(Nq) for a few rows of each worker. The
+    O(Nq sqrt(Nk) (D + Dv)), working memory that of a tile of queries (its rows
+    times ``(route + 1) * block_size`` scores), and a copy of keys and values. The
     selection itself has no gradient; the scores and values that it leaves do.
     The log-sum-exp is over the keys seen: ``exp(lse - lse_dense)`` is the share of dense
     attention's probability that they hold.
