@@ -36,7 +36,8 @@ def linear_attention(
 
     over the keys `j` that query `i` sees. Keys are summed up before queries read, so time
     is :math:`O((Nq + Nk)\, Dphi\, Dv)`, and on NumPy the working memory does not grow with
-    either length (other libraries copy inputs or output). A query whose weights sum to 0, such as one that sees no key, gives 0.
+    either length (other libraries copy inputs or output). A query whose weights sum to 0,
+    such as one that sees no key, gives 0.
 
     Parameters
     ----------

@@ -103,9 +103,8 @@ def local_attention(
 
     Notes
     -----
-    Time O(Nq (left + right + tile) (D + Dv)); working memory is
-    that of `attention`.
-    Tiles are folded with the online softmax [2]_ in at least float32. Other libraries'
+    Time O(Nq (left + right + tile) (D + Dv)); working memory is that of
+    `attention`. Tiles are folded with the online softmax [2]_ in at least float32. Other libraries'
     windows::
 
         jax.nn.dot_product_attention(local_window_size=(l, r)) -> window=(l, r), q_offset=0
