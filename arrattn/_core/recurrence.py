@@ -410,8 +410,8 @@ def _start(how: How, x: Operands) -> Memory:
     if f.log is None:
         return Memory(S, None, bad)
     # A state of zeros weighs nothing, so that it is the same as none.
-    log = xp.where(xp.any(S != 0, axis=(-2, -1)), 0.0, -math.inf)
-    return Memory(S, xp.astype(log, how.acc, copy=False), bad)
+    log = xp.zeros(shape[:-2], dtype=how.acc, device=device)
+    return Memory(S, xp.where(xp.any(S != 0, axis=(-2, -1)), log, -math.inf), bad)
 
 
 def _zeros_out(how: How, x: Operands) -> Array:
