@@ -644,9 +644,6 @@ class Slot:
 
     index: int
 
-    shape = ()
-    ndim = 1
-
 
 def detach(pattern: Pattern | None, arrays: list[Array]) -> Pattern | None:
     """

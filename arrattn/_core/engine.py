@@ -216,7 +216,7 @@ def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
     )
 
 
-# -- torch, CuPy, Dask and others: batched tiles ----------------------------------------------
+# -- torch, CuPy and others: batched tiles ----------------------------------------------------
 
 
 def _attend_batched(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
@@ -328,6 +328,9 @@ def unstack_rows(out: Array, lse: Array, nq: int, xp: Namespace) -> tuple[Array,
     out = xp.reshape(out, (*out.shape[:-3], n, out.shape[-1]))
     lse = xp.reshape(lse, (*lse.shape[:-2], n))
     return out[..., :nq, :], lse[..., :nq]
+
+
+# -- Dask: blocks of its arrays ---------------------------------------------------------------
 
 
 def _attend_blocks(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """
 The one door: what came in, checked once, in the shapes that the engines work on.
 
-Every complaint about arguments is written here (patterns check themselves when made).
+Every complaint about a call is written here (patterns and feature maps check themselves when
+made).
 All reasons that hold are raised together, with the shapes of q, k and v.
 """
 
@@ -69,7 +70,7 @@ class LinearInputs(NamedTuple):
     """
     The operands of the linear family, grouped as in `SoftmaxInputs`.
 
-    `key_mask` joins the caller's mask and lengths; `lengths` stays beside it because it moves
+    `key_mask` joins the caller's mask and lengths; `kv_lengths` stays beside it because it moves
     the queries' positions.
     """
 
@@ -443,7 +444,7 @@ def _segment_arrays(x: object) -> dict[str, Any]:
     return {"segment_ids": x}
 
 
-# -- The two doors ----------------------------------------------------------------------------
+# -- The doors --------------------------------------------------------------------------------
 
 
 def read_softmax(
