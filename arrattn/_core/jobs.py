@@ -36,6 +36,9 @@ SMALL = 1 << 14
 #: many keys are then read at once, and by one job.
 FEW, FEW_KEYS, FEW_KEYS_PER_JOB = 16, 1024, 1 << 14
 
+#: Rows of a tile that see none of its keys are left out, so many at a time.
+GRAIN = 64
+
 #: Bands of a local window: rows of their tiles, from the smallest.
 BAND_ROWS = (32, 64, 128, 256)
 
@@ -195,7 +198,10 @@ def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Iterator[Strip]:
     if rows is not None:
         yield from _cut_band(call, rows)
         return
-    shape = tile or choose_tile(call.pattern, nq, nk, call.offset, lanes=g, budget=BUDGET)
+    grain = GRAIN if call.pattern is not None and call.pattern.relative else None
+    shape = tile or choose_tile(
+        call.pattern, nq, nk, call.offset, lanes=g, budget=BUDGET, grain=grain
+    )
     shape = (min(shape[0], max(nq, 1)), shape[1])
     plan = make_plan(call.pattern, nq, nk, call.offset, shape)
     pairs = min(BUDGET // g, shape[0] * FEW_KEYS)
@@ -376,15 +382,14 @@ class Head:
 
 def _seeing_rows(pattern: Pattern, strip: Strip, run: Run, at: int) -> tuple[int, int]:
     """A range of a tile's rows outside which none sees a key of the run."""
-    step = 64
-    i0 = strip.i0 + np.arange(0, strip.rows, step)[:, None]
-    i1 = np.minimum(i0 + step, strip.i0 + strip.rows)
+    i0 = strip.i0 + np.arange(0, strip.rows, GRAIN)[:, None]
+    i1 = np.minimum(i0 + GRAIN, strip.i0 + strip.rows)
     j0, j1 = np.array([[run.j0]]), np.array([[run.j1]])
     some, _ = pattern.rectangles(Rectangles(i0, i1, i0 + at, i1 + at, j0, j1))
     at_all = np.flatnonzero(np.broadcast_to(some, i0.shape))
     if not len(at_all):
         return 0, 0
-    return int(at_all[0]) * step, min((int(at_all[-1]) + 1) * step, strip.rows)
+    return int(at_all[0]) * GRAIN, min((int(at_all[-1]) + 1) * GRAIN, strip.rows)
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:

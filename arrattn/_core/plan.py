@@ -155,14 +155,22 @@ def _kinds(some: Any, every: Any) -> np.ndarray[Any, Any]:
 
 
 def choose_tile(
-    pattern: Pattern | None, nq: int, nk: int, offset: int | Array, *, lanes: int, budget: int
+    pattern: Pattern | None,
+    nq: int,
+    nk: int,
+    offset: int | Array,
+    *,
+    lanes: int,
+    budget: int,
+    grain: int | None = None,
 ) -> tuple[int, int]:
     """
     The tile shape that promises the least work on this pattern.
 
     A few query tiles are looked at for each candidate: pairs visited, plus a fixed cost for
     every run of tiles that is computed at once. `lanes` score matrices are computed side by
-    side, and together they may hold `budget` numbers.
+    side, and together they may hold `budget` numbers. With a `grain`, so many rows of a tile
+    that see none of its keys are not computed.
     """
     # Few queries make few tiles, and tiles are what runs side by side.
     fitting = [t for t in TILES if t[0] * t[1] * lanes <= budget and 4 * t[0] <= max(nq, 2048)]
@@ -171,12 +179,14 @@ def choose_tile(
         return fitting[0]
 
     def cost(tile: tuple[int, int]) -> float:
-        starts = np.arange(0, nq, tile[0])
-        looked = starts[:: max(1, len(starts) // 8)]
+        rows = min(tile[0], grain or tile[0])
+        starts = np.arange(0, nq, rows)
+        looked = starts[:: max(1, len(starts) // 32)]
         cols = np.arange(0, nk, tile[1])
-        some, _ = _classify(pattern, looked, cols, nq, nk, offset, tile)
+        some, _ = _classify(pattern, looked, cols, nq, nk, offset, (rows, tile[1]))
         visits = float(some.sum()) * len(starts) / max(len(looked), 1)
-        pairs = visits * tile[0] * tile[1] * lanes
-        return pairs + RUN_OVERHEAD * max(len(starts), pairs / budget)
+        pairs = visits * rows * tile[1] * lanes
+        runs = max(nq / tile[0], visits * rows / tile[0])
+        return pairs + RUN_OVERHEAD * runs
 
     return min(fitting, key=cost)
