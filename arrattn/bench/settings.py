@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from arrattn.backends import DTYPES, FAMILIES, LIBRARIES
+from arrattn.bench.files import INSTALL, require_files
 
-__all__ = ["INSTALL", "INSTALL_DEMO", "CannotRun", "Settings", "add_arguments", "read_settings"]
+__all__ = ["INSTALL_DEMO", "Settings", "add_arguments", "read_settings"]
 
-INSTALL = (
-    'install it with\n    pip install "arrattn[demo]"\n(in a checkout: pip install -e ".[demo]")'
-)
 INSTALL_DEMO = (
     f"{INSTALL}, or compare on random numbers, which need no model:\n    arrattn compare --random"
 )
 LENGTHS = (1024, 2048, 4096, 8192)
 FEATURE_MAPS = ("elu_plus_one", "relu", "softmax")
-
-
-class CannotRun(Exception):  # noqa: N818 (it is told to a person, not traced)
-    """Why the comparison cannot run, in words for the one who asked for it."""
 
 
 class Settings(NamedTuple):
@@ -140,12 +133,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     CannotRun
         If options contradict each other or a file could not be written.
     """
-    for option, path in (("--plot", args.plot), ("--json", args.json)):
-        if path is not None:
-            _require_writable(option, path)
-    if args.plot is not None and args.json is not None and _same(args.plot, args.json):
-        msg = f"--plot {args.plot}: --json would be written to the same file"
-        raise CannotRun(msg)
+    require_files(plot=args.plot, json=args.json)
     window = args.window or ((256, 0) if args.causal else (128, 128))
     return Settings(
         lengths=args.lengths or LENGTHS,
@@ -167,31 +155,6 @@ def read_settings(args: argparse.Namespace) -> Settings:
         plot=args.plot,
         json=args.json,
     )
-
-
-def _require_writable(option: str, path: Path) -> None:
-    """Find out before the measuring, writing nothing, that a file could not be written."""
-    parent = path.absolute().parent
-    try:
-        if path.is_dir():
-            msg = f"{option} {path}: this is a folder, expected the name of a file"
-            raise CannotRun(msg)
-        if not parent.is_dir():
-            msg = f"{option} {path}: there is no folder {path.parent}"
-            raise CannotRun(msg)
-        if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
-            msg = f"{option} {path}: no file can be made in the folder {path.parent}"
-            raise CannotRun(msg)
-        if path.exists() and not os.access(path, os.W_OK):
-            msg = f"{option} {path}: this file cannot be written"
-            raise CannotRun(msg)
-    except OSError as error:  # such as a name that is too long
-        msg = f"{option} {path}: it cannot be written ({error.strerror})"
-        raise CannotRun(msg) from error
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
 
 
 def _positive(text: str) -> int:
