@@ -191,7 +191,7 @@ def run_job(job: Job, product: Product, rounds: int | None) -> Result | LeftOut:
 
 
 def _measure(job: Job, case: Limit, rounds: int | None) -> Result | LeftOut:
-    if len(case.lengths) > 1 and len(set(job.lengths)) < 2:
+    if len(case.lengths) > 1 and not case.each and len(set(job.lengths)) < 2:
         return LeftOut(job, "an exponent needs two lengths")
     measured = case.measure(job.lengths, rounds)
     times = {f"{n:,}": list(each) for n, each in zip(job.lengths, measured.times, strict=False)}

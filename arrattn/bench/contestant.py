@@ -30,12 +30,15 @@ class Contestant(NamedTuple):
         The result as an array of the host, in the layout ``(B, Hq, Nq, D)``.
     factor : float
         What its time is multiplied by, where it does another amount of the work.
+    least : float
+        Seconds that its turn lasts at least.
     """
 
     name: str
     call: Callable[[], Any]
     read: Callable[[Any], Host] = _host
     factor: float = 1.0
+    least: float = 0.0
 
 
 #: Makes a contestant of a problem and its arrays q, k and v.

@@ -148,7 +148,8 @@ def take_turns(
     """
     pause = settle if pause is None else pause
     estimates = [_estimate(contestant, clock, pause) for contestant in contestants]
-    plan = plan_rounds(estimates, rounds=rounds, fewest=fewest)
+    least = [contestant.least for contestant in contestants]
+    plan = plan_rounds(estimates, least, rounds=rounds, fewest=fewest)
     times: list[list[float]] = [[] for _ in contestants]
     for round_ in range(plan.rounds):
         for turn in range(len(contestants)):
@@ -159,7 +160,9 @@ def take_turns(
     return times
 
 
-def plan_rounds(estimates: Sequence[float], *, rounds: int | None, fewest: int) -> Plan:
+def plan_rounds(
+    estimates: Sequence[float], least: Sequence[float], *, rounds: int | None, fewest: int
+) -> Plan:
     """
     Choose rounds and repeats from how long one call takes.
 
@@ -167,6 +170,8 @@ def plan_rounds(estimates: Sequence[float], *, rounds: int | None, fewest: int) 
     ----------
     estimates : sequence of float
         Seconds of one call, by contestant.
+    least : sequence of float
+        Seconds that a turn lasts at least, by contestant, where that is more than `LEAST`.
     rounds : int or None
         As asked for.
     fewest : int
@@ -181,10 +186,13 @@ def plan_rounds(estimates: Sequence[float], *, rounds: int | None, fewest: int) 
     Examples
     --------
     >>> from arrattn.bench.rounds import plan_rounds
-    >>> plan_rounds([0.001, 0.5], rounds=None, fewest=5)
+    >>> plan_rounds([0.001, 0.5], [0.0, 0.0], rounds=None, fewest=5)
     Plan(rounds=9, repeats=(5, 1))
     """
-    repeats = tuple(max(1, math.ceil(LEAST / max(t, 1e-7))) for t in estimates)
+    repeats = tuple(
+        max(1, math.ceil(max(LEAST, lasts) / max(t, 1e-7)))
+        for t, lasts in zip(estimates, least, strict=True)
+    )
     one = sum(t * n for t, n in zip(estimates, repeats, strict=True))
     chosen = min(MOST, max(fewest, int(BUDGET / max(one, 1e-7))))
     return Plan(rounds or chosen, repeats)
