@@ -31,6 +31,7 @@ __all__ = [
 Clock = Callable[[], float]
 
 LEAST = 5e-3  # seconds that one turn lasts at least: shorter ones measure the clock
+SHORT = 0.1  # seconds of a call below which waking threads and filling caches would tell
 BUDGET = 5.0  # seconds for one case, where that leaves the fewest rounds
 FEWEST, MOST = 5, 21
 
@@ -44,11 +45,14 @@ class Plan(NamedTuple):
     rounds : int
         Rounds; each contestant has one turn in each.
     repeats : tuple of int
-        Calls in a turn, by contestant.
+        Timed calls in a turn, by contestant.
+    warm : tuple of bool
+        Whether a call that is not timed comes before them, by contestant.
     """
 
     rounds: int
     repeats: tuple[int, ...]
+    warm: tuple[bool, ...]
 
 
 class Spread(NamedTuple):
@@ -155,6 +159,8 @@ def take_turns(
         for turn in range(len(contestants)):
             i = (round_ + turn) % len(contestants)
             pause()
+            if plan.warm[i]:
+                contestants[i].call()
             seconds = _turn(contestants[i].call, plan.repeats[i], clock)
             times[i].append(seconds * contestants[i].factor)
     return times
@@ -187,7 +193,7 @@ def plan_rounds(
     --------
     >>> from arrattn.bench.rounds import plan_rounds
     >>> plan_rounds([0.001, 0.5], [0.0, 0.0], rounds=None, fewest=5)
-    Plan(rounds=9, repeats=(5, 1))
+    Plan(rounds=9, repeats=(5, 1), warm=(True, False))
     """
     repeats = tuple(
         max(1, math.ceil(max(LEAST, lasts) / max(t, 1e-7)))
@@ -195,7 +201,7 @@ def plan_rounds(
     )
     one = sum(t * n for t, n in zip(estimates, repeats, strict=True))
     chosen = min(MOST, max(fewest, int(BUDGET / max(one, 1e-7))))
-    return Plan(rounds or chosen, repeats)
+    return Plan(rounds or chosen, repeats, tuple(t < SHORT for t in estimates))
 
 
 def settle(
@@ -230,13 +236,11 @@ def _estimate(contestant: Contestant, clock: Clock, pause: Callable[[], None]) -
     contestant.call()
     pause()
     first = _turn(contestant.call, 1, clock)
-    # A first short call after a pause is slow: ask several.
-    return first if first > LEAST else _turn(contestant.call, 5, clock)
+    # A first short call after a pause is slow: ask again.
+    return first if first > SHORT else _turn(contestant.call, 3, clock)
 
 
 def _turn(call: Callable[[], Any], repeats: int, clock: Clock) -> float:
-    if repeats > 1:
-        call()  # wakes the threads and fills the caches; a long call does so on its way
     start = clock()
     for _ in range(repeats):
         call()
