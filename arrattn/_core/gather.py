@@ -61,8 +61,8 @@ def reach(k: Array, v: Array, acc: DType) -> Array:
     """
     The norm of each key, or inf where its value is too large or too small, or NaN.
     """
-    norm = np.sqrt(np.einsum("ij,ij->i", k, k, dtype=acc))
-    size = np.einsum("ij,ij->i", v, v, dtype=acc)
+    norm = np.sqrt(np.vecdot(k, k, dtype=acc))
+    size = np.vecdot(v, v, dtype=acc)
     small = ~(size >= 4.0**SMALLEST)
     if small.any():
         # Nothing is lost of a value that is exactly zero.
@@ -95,7 +95,7 @@ class Rows:
         self.l = loops.work_space("totals", (*self.shape, 1), acc)
         self.m: Array | None = None
         self.began = False
-        self.norm = math.sqrt(np.einsum("tgnd,tgnd->tgn", self.q, self.q).max(initial=0.0))
+        self.norm = math.sqrt(np.vecdot(self.q, self.q).max(initial=0.0))
         self.limit = 0.0
 
     def choose(self, full: list[Array]) -> None:
