@@ -210,3 +210,52 @@ def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:
     if far is not None:
         np.multiply(p, ~far[:, None, None, :], out=p)
     return p
+
+
+#: Keys of one product, and scores side by side in a reduction, in `few`.
+FEW_KEYS, WIDE = 1024, 64
+
+
+def few(q: Array, k: Array, v: Array, scale: float) -> State:
+    """
+    The state of a few queries that see all of these keys, each of which is read once.
+
+    Parameters
+    ----------
+    q : array, shape (R, D)
+        Queries, in the accumulation dtype.
+    k, v : array, shapes (m, D) and (m, Dv)
+        Keys and values, in the accumulation dtype.
+    scale : float
+        The factor of the scores.
+
+    Returns
+    -------
+    State
+        Of shapes (R, 1), (R, 1) and (R, Dv).
+    """
+    r, m = len(q), len(k)
+    even = m - m % FEW_KEYS
+    q = q * np.asarray(scale * LOG2E, q.dtype)
+    s = loops.work_space("scores", (m, r), q.dtype)
+    # BLAS is fastest from keys that its caches hold.
+    if even:
+        parts = k[:even].reshape(-1, FEW_KEYS, k.shape[1])
+        np.matmul(parts, q.T, out=s[:even].reshape(-1, FEW_KEYS, r))
+    np.matmul(k[even:], q.T, out=s[even:])
+    # A row of s is short, so many are taken as one.
+    many = max(1, WIDE // r)
+    wide = s[: m - m % many].reshape(-1, many * r)
+    rest = s[m - m % many :]
+    tops = [x.reshape(-1, r) for x in (wide.max(axis=0, initial=-math.inf), rest)]
+    top = np.concatenate(tops).max(axis=0)
+    shift = np.where(top == -math.inf, 0, top)
+    np.subtract(wide, np.tile(shift, many), out=wide)
+    np.subtract(rest, shift, out=rest)
+    np.exp2(np.maximum(s, LOW, out=s), out=s)
+    total = np.matmul(s.T, loops.ones_column(m, s.dtype))
+    o = np.matmul(s[even:].T, v[even:])
+    if even:
+        p = s[:even].reshape(-1, FEW_KEYS, r).swapaxes(-1, -2)
+        o += np.matmul(p, v[:even].reshape(-1, FEW_KEYS, v.shape[1])).sum(axis=0)
+    return State((top * np.asarray(1 / LOG2E, s.dtype))[:, None], total, o)

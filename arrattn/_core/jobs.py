@@ -34,8 +34,8 @@ BUDGET = 1 << 18
 SMALL = 1 << 14
 
 #: Rows up to which reading keys and values costs more than what is done with them, and how
-#: many keys are then read at once, and by one job.
-FEW, FEW_KEYS, FEW_KEYS_PER_JOB = 16, 1024, 1 << 14
+#: many keys a job then reads.
+FEW, FEW_KEYS = 16, 1 << 14
 
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
@@ -205,7 +205,7 @@ def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Iterator[Strip]:
     )
     shape = (min(shape[0], max(nq, 1)), shape[1])
     plan = make_plan(call.pattern, nq, nk, call.offset, shape)
-    pairs = min(BUDGET // g, shape[0] * FEW_KEYS)
+    pairs = BUDGET // g if g * shape[0] > FEW else min(BUDGET // g, shape[0] * FEW_KEYS)
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
         yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
@@ -286,10 +286,20 @@ class Head:
             self._gather(strip, q, out, lse)
             return
         state = self._empty(out.shape)
-        q = enter(self.call, q[:, None], scale=self.call.scale)
         for run in strip.runs:
-            state = self._fold(state, q, strip, run, None)
+            state = self._absorb(state, q, strip, run)
         _write(finish(self.call, state), out, lse)
+
+    def _absorb(self, state: State, q: Array, strip: Strip, run: Run) -> State:
+        """Absorb a run of keys of a strip that is of few rows, or not plain."""
+        call = self.call
+        _, g, n, d = q.shape
+        if not self.plain or run.hide or g * n > FEW:
+            return self._fold(state, enter(call, q[:, None], scale=call.scale), strip, run, None)
+        k, v = (enter(call, x[0, run.j0 : run.j1]) for x in (call.k, call.v))
+        rows = gather.few(enter(call, q.reshape(g * n, d)), k, v, call.scale)
+        part = State(*(x.reshape(1, 1, g, n, -1) for x in rows))
+        return online_softmax.merge(state, part, xp=np)
 
     def _empty(self, shape: tuple[int, ...]) -> State:
         zeros = np.zeros((shape[0], 1, *shape[1:]), self.call.acc)
