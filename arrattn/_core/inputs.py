@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -146,6 +147,7 @@ def is_array(x: object) -> bool:
     return bool(compat.is_array_api_obj(x)) and not isinstance(x, np.generic)
 
 
+@lru_cache(maxsize=64)
 def dtype_name(dtype: DType) -> str:
     """The dtype's name without its library: "float32"."""
     return str(dtype).rpartition(".")[2].removesuffix("'>")

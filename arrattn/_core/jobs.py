@@ -30,8 +30,8 @@ from arrattn.patterns import Pattern, Rectangles
 #: Scores held at once by one worker: a MiB of float32, about a second-level cache.
 BUDGET = 1 << 18
 
-#: Pairs of a head up to which many heads are done at once, by the caller's thread.
-SMALL = 1 << 14
+#: Pairs of a head, and keys, up to which many heads are done at once.
+SMALL, SMALL_KEYS = 1 << 14, 512
 
 #: Rows up to which reading keys and values costs more than what is done with them, and how
 #: many keys a job then reads.
@@ -84,7 +84,7 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         item = _without_padding(batch_item(call, b))
         # One plan serves all items, unless they differ.
         if not strips or call.pattern is not item.pattern or not isinstance(call.offset, int):
-            strips = tuple(cut(item, tile))
+            strips = cut(item, tile)
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
             jobs += [(strip.cost, partial(head.run, strip)) for strip in strips]
@@ -110,7 +110,8 @@ def is_small(call: SoftmaxInputs) -> bool:
     """Whether heads are so small that many are done at once."""
     (_, g), (nq, nk) = call.heads, call.lengths
     plain = call.pattern is None or call.pattern.relative
-    return g * nq * nk <= SMALL and plain and call.bias is None and isinstance(call.offset, int)
+    fits = g * nq * nk <= SMALL and nk <= SMALL_KEYS
+    return fits and plain and call.bias is None and isinstance(call.offset, int)
 
 
 def _small_jobs(call: SoftmaxInputs, out: Array, lse: Array) -> Iterator[Any]:
@@ -192,31 +193,47 @@ def _picked(pattern: Pattern | None, choose: Any) -> Pattern | None:
 # -- Which keys each job visits ---------------------------------------------------------------
 
 
-def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Iterator[Strip]:
+def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Strip, ...]:
     """The strips of one item, the same for all its heads."""
-    (_, g), (nq, nk) = call.heads, call.lengths
-    rows = None if tile else band_rows(call)
-    if rows is not None:
-        yield from _cut_band(call, rows)
-        return
-    grain = GRAIN if call.pattern is not None and call.pattern.relative else None
-    shape = tile or choose_tile(
-        call.pattern, nq, nk, call.offset, lanes=g, budget=BUDGET, grain=grain
-    )
+    (_, g), (nq, nk), at = call.heads, call.lengths, call.offset
+    if call.pattern is None or call.pattern.relative:
+        return _cut_relative(call.pattern, g, nq, nk, at, tile, call.bias is None)
+    return tuple(_cut_tiles(call.pattern, g, nq, nk, at, tile))
+
+
+# Calls of one shape are planned alike, and a plan can take as long as a short call.
+@lru_cache(maxsize=32)
+def _cut_relative(
+    pattern: Pattern | None,
+    g: int,
+    nq: int,
+    nk: int,
+    at: int,
+    tile: tuple[int, int] | None,
+    free: bool,
+) -> tuple[Strip, ...]:
+    band = None if pattern is None or tile or not free else pattern.band
+    rows = None if band is None else band_rows(band, g, nq, nk)
+    if band is None or rows is None:
+        return tuple(_cut_tiles(pattern, g, nq, nk, at, tile))
+    return tuple(_cut_band(band, rows, g, nq, nk, at))
+
+
+def _cut_tiles(
+    pattern: Pattern | None, g: int, nq: int, nk: int, at: int, tile: tuple[int, int] | None
+) -> Iterator[Strip]:
+    grain = GRAIN if pattern is not None and pattern.relative else None
+    shape = tile or choose_tile(pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain)
     shape = (min(shape[0], max(nq, 1)), shape[1])
-    plan = make_plan(call.pattern, nq, nk, call.offset, shape)
+    plan = make_plan(pattern, nq, nk, at, shape)
     pairs = BUDGET // g if g * shape[0] > FEW else min(BUDGET // g, shape[0] * FEW_KEYS)
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
         yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
 
 
-def band_rows(call: SoftmaxInputs) -> int | None:
+def band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) -> int | None:
     """Rows of a tile whose keys, a band, are all computed at once; None where they are not."""
-    (_, g), (nq, nk) = call.heads, call.lengths
-    band = None if call.pattern is None else call.pattern.band
-    if band is None or call.bias is not None or not isinstance(call.offset, int):
-        return None
     lo, hi = band
     if lo is None or hi is None or hi <= lo:
         return None
@@ -228,9 +245,10 @@ def band_rows(call: SoftmaxInputs) -> int | None:
     return next((n for n in fitting if 2 * n >= width - 1), fitting[-1])
 
 
-def _cut_band(call: SoftmaxInputs, rows: int) -> Iterator[Strip]:
-    (_, g), (nq, nk), at = call.heads, call.lengths, call.offset
-    lo, hi = call.pattern.band  # type: ignore[union-attr, misc]
+def _cut_band(
+    band: tuple[Any, Any], rows: int, g: int, nq: int, nk: int, at: int
+) -> Iterator[Strip]:
+    lo, hi = band
     width = rows + hi - lo - 1
     # Tiles whose whole band lies among the keys are alike, so many are computed at once.
     first = min(max(0, -lo - at), nq)
@@ -396,7 +414,7 @@ def _tiles_of(x: Array, strip: Strip) -> Array:
     """Rows ``(G, N, D)`` of a strip as a view ``(count, G, rows, D)``."""
     rows = x[:, strip.i0 : strip.i0 + strip.rows * strip.count]
     g, _, d = x.shape
-    return np.moveaxis(rows.reshape(g, strip.count, strip.rows, d), 1, 0)
+    return rows.reshape(g, strip.count, strip.rows, d).transpose(1, 0, 2, 3)
 
 
 def _overlapping(x: Array, strip: Strip, m: int) -> Array:
