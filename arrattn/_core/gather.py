@@ -104,6 +104,12 @@ class Rows:
         if not all((span <= self.limit).all() for span in full):
             self.limit = UNSAFE / self.norm
             self.m = np.full((*self.shape, 1), -math.inf, self.l.dtype)
+            # One more column, beside keys with a 1 there, takes what is subtracted from the
+            # scores along in the product.
+            d = self.q.shape[-1]
+            wider = loops.work_space("wider", (*self.shape, d + 1), self.q.dtype)
+            wider[..., :d], wider[..., d:] = self.q, 0
+            self.q = wider
 
     def absorb(self, k: Array, v: Array, look: Look | None, far: Array | None) -> None:
         """
@@ -112,11 +118,17 @@ class Rows:
         rows = (0, self.shape[2]) if look is None else look.rows
         if far is not None:
             k, v = np.where(far[:, None, :], 0, k), np.where(far[:, :, None], 0, v)
-        self._add(self._weights(k, look, rows, far), v, rows)
+        p, sums = self._weights(k, look, rows, far)
+        self._add(p, sums, v, rows)
 
     def _product(self, k: Array, rows: tuple[int, int]) -> Array:
-        """Scores ``(count, G, n, m)``."""
+        """Scores ``(count, G, n, m)``, less what the last column of the queries takes off."""
         t, g, _ = self.shape
+        if self.m is not None:
+            d, m = k.shape[-2:]
+            beside = loops.work_space("beside", (t, m, d + 1), k.dtype)
+            beside[..., :d], beside[..., d] = k.swapaxes(-1, -2), 1
+            k = beside.swapaxes(-1, -2)
         n = rows[1] - rows[0]
         q = self.q[:, :, rows[0] : rows[1]].reshape(t, g * n, -1)
         s = loops.work_space("scores", (t, g * n, k.shape[-1]), self.q.dtype)
@@ -124,46 +136,52 @@ class Rows:
 
     def _weights(
         self, k: Array, look: Look | None, rows: tuple[int, int], far: Array | None
-    ) -> Array:
-        """``exp(score - maximum)`` of a run of keys, 0 where hidden or `far`."""
+    ) -> tuple[Array, Array | None]:
+        """
+        ``exp(score - maximum)`` of a run of keys, 0 where hidden or `far`; its sums if at hand.
+        """
         s = self._product(k, rows)
         if self.m is None:
-            return _hidden(np.exp2(s, out=s), look, far)
-        m = self.m[:, :, rows[0] : rows[1]]
+            return _hidden(np.exp2(s, out=s), look, far), None
+        m, minus = (x[:, :, rows[0] : rows[1]] for x in (self.m, self.q[..., -1:]))
         if np.isfinite(m).all():
-            p = _shifted(s, m, look, far)
-            if (loops.row_sums(p, xp=np) <= ENOUGH).all():
-                return p
+            p = _exp2(s, look, far)
+            sums = loops.row_sums(p, xp=np)
+            if (sums <= ENOUGH).all():
+                return p, sums
             s = self._product(k, rows)
         seen = s
         if look is not None:
             seen = np.where(_hidden(np.ones_like(s), look, far) != 0, s, -math.inf)
-        top = np.maximum(m, seen.max(axis=-1, keepdims=True))
+        top = np.maximum(m, seen.max(axis=-1, keepdims=True) - minus)
         shift = np.where(top == -math.inf, 0, top)
         if self.began:
             decay = np.exp2(m - shift)
             for x in (self.o, self.l):
                 part = x[:, :, rows[0] : rows[1]]
                 np.multiply(part, decay, out=part)
-        m[...] = top
-        return _shifted(s, shift, look, far)
+        np.subtract(s, minus + shift, out=s)
+        m[...], minus[...] = top, -shift
+        return _exp2(s, look, far), None
 
-    def _add(self, p: Array, v: Array, rows: tuple[int, int]) -> None:
+    def _add(self, p: Array, sums: Array | None, v: Array, rows: tuple[int, int]) -> None:
         t, g, n = self.shape
         r0, r1 = rows
         flat = p.reshape(t, g * (r1 - r0), -1)
-        ones = loops.ones_column(flat.shape[-1], flat.dtype)
         if not self.began and (r0, r1) == (0, n):
             np.matmul(flat, v, out=self.o.reshape(t, g * n, -1))
-            np.matmul(flat, ones, out=self.l.reshape(t, g * n, 1))
+            self.l[...] = loops.row_sums(p, xp=np) if sums is None else sums
             self.began = True
             return
         self._begin()
-        for x, factor, slot in ((self.o, v, "values"), (self.l, ones, "counts")):
-            more = loops.work_space(slot, (*flat.shape[:2], factor.shape[-1]), flat.dtype)
-            np.matmul(flat, factor, out=more)
+        more = loops.work_space("values", (*flat.shape[:2], v.shape[-1]), flat.dtype)
+        np.matmul(flat, v, out=more)
+        for x, y in (
+            (self.o, more.reshape(t, g, r1 - r0, -1)),
+            (self.l, loops.row_sums(p, xp=np) if sums is None else sums),
+        ):
             part = x[:, :, r0:r1]
-            np.add(part, more.reshape(part.shape), out=part)
+            np.add(part, y, out=part)
 
     def _begin(self) -> None:
         if not self.began:
@@ -193,9 +211,8 @@ class Rows:
         return State(*(x[:, None].copy() for x in (m, self.l, self.o)))
 
 
-def _shifted(s: Array, shift: Array, look: Look | None, far: Array | None) -> Array:
-    """``exp2(s - shift)``, in place, 0 where hidden or `far`."""
-    np.subtract(s, shift, out=s)
+def _exp2(s: Array, look: Look | None, far: Array | None) -> Array:
+    """``exp2(s)``, in place, 0 where hidden or `far`; cut where the exponent is extreme."""
     if look is None:
         return np.exp2(np.maximum(s, LOW, out=s), out=s)
     return _hidden(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), look, far)
