@@ -12,17 +12,20 @@ from arrattn.linear import linear_attention
 from arrattn.local import local_attention
 from arrattn.merge import merge
 from arrattn.sparse import sparse_attention
+from arrattn.threads import get_num_threads, set_num_threads
 
 __all__ = [
     "LinearState",
     "__version__",
     "attention",
     "feature_maps",
+    "get_num_threads",
     "linear_attention",
     "local_attention",
     "merge",
     "patterns",
     "reference",
+    "set_num_threads",
     "sparse_attention",
 ]
 

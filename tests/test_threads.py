@@ -11,8 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 
-from arrattn import attention, linear_attention, local_attention, sparse_attention
+from arrattn import (
+    attention,
+    get_num_threads,
+    linear_attention,
+    local_attention,
+    set_num_threads,
+    sparse_attention,
+)
 from arrattn._core import loops
 
 FAMILIES: dict[str, Callable[..., Any]] = {
@@ -101,3 +109,57 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
+
+
+def test_the_number_of_threads_is_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARRATTN_NUM_THREADS", "5")
+    assert get_num_threads() == 5
+    with set_num_threads(3):
+        assert get_num_threads() == 3
+        with set_num_threads(None):
+            assert get_num_threads() == 5
+        assert get_num_threads() == 3
+    assert get_num_threads() == 5
+    with pytest.raises(RuntimeError, match="within"), set_num_threads(2):
+        msg = "within"
+        raise RuntimeError(msg)
+    assert get_num_threads() == 5
+    set_num_threads(4)
+    try:
+        assert get_num_threads() == 4
+    finally:
+        set_num_threads(None)
+
+
+@pytest.mark.parametrize(
+    ("n", "kind"), [(0, ValueError), (-2, ValueError), (True, TypeError), (1.0, TypeError)]
+)
+def test_a_wrong_number_of_threads_is_refused(n: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="n: expected"):
+        set_num_threads(n)
+
+
+def blas_threads() -> list[int]:
+    return [info["num_threads"] for info in threadpoolctl.threadpool_info()]
+
+
+def test_blas_is_held_while_jobs_run_and_then_restored() -> None:
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        seen: list[list[int]] = []
+
+        def job() -> None:
+            seen.append(blas_threads())
+
+        loops.run_jobs([job, job])
+        blas = [i["user_api"] == "blas" for i in threadpoolctl.threadpool_info()]
+        for counts in seen:
+            assert all(n == 1 for n, held in zip(counts, blas, strict=True) if held)
+        assert blas_threads() == before
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            loops.run_jobs([interrupted])
+        assert blas_threads() == before
