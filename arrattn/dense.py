@@ -28,6 +28,7 @@ def attention(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
+    engine: str = "auto",
 ) -> Array | tuple[Array, Array]:
     r"""
     Softmax attention [1]_, exact, in memory that does not grow with Nq * Nk.
@@ -146,6 +147,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         return_lse=return_lse,
+        engine=engine,
     )
     out, lse = call.ungroup(*attend(call))
     return (out, lse) if return_lse else out

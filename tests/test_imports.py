@@ -17,7 +17,7 @@ FAMILIES = [ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear
 CORE = sorted((ROOT / "_core").glob("*.py"))
 
 #: Files whose purpose is to hold what differs between libraries.
-NAMED_FOR_IT = {"loops.py", "staging.py"}
+NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
 
 #: Who may import whom: only from a level below, or from beside on the same level.
 LEVELS = [
@@ -26,6 +26,7 @@ LEVELS = [
     {"_core.tiles"},
     {"patterns", "feature_maps", "_core.online_softmax"},
     {"_core.inputs", "_core.plan", "_core.staging"},
+    {"_core.native"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
     {"dense", "local", "sparse", "linear", "merge"},
     {"", "reference"},

@@ -16,7 +16,7 @@ SCORES = (
     "pattern=None, q_offset=None, scale=None, softcap=None, sinks=None, return_lse=False"
 )
 SIGNATURES = {
-    "attention": f"(q, k, v, /, *, {SCORES})",
+    "attention": f"(q, k, v, /, *, {SCORES}, engine='auto')",
     "local_attention": "(q, k, v, /, *, window, " + SCORES.replace("window=None, ", "") + ")",
     "sparse_attention": (
         "(q, k, v, /, *, block_size=None, top_k=None, route=8, select='keys', per='query', "

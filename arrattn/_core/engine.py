@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arrattn import patterns
-from arrattn._core import loops, online_softmax, staging
+from arrattn._core import loops, native, online_softmax, staging
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
 from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
@@ -25,16 +25,23 @@ from arrattn._core.typing import Array, Namespace
 BUDGET = {"threads": 1 << 17, "batched": 1 << 22, "scan": 1 << 22}
 
 
-def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple[Array, Array]:
+def attend(
+    call: SoftmaxInputs, *, tile: tuple[int, int] | None = None
+) -> tuple[Array, Array | None]:
     """
     Softmax attention over all that the call's pattern makes visible.
 
     Returns the output ``(..., Hkv, G, Nq, Dv)`` and the log-sum-exp ``(..., Hkv, G, Nq)``, in
-    the accumulation dtype. `tile` overrides the choice of tile; it never changes the meaning.
+    the accumulation dtype; from a fused kernel, the output alone and in the dtype of `q`.
+    `tile` overrides the choice of tile, and of a kernel; it never changes the meaning.
     """
+    fused = None if tile else native.choose(call)
     kind = loops.schedule(call.xp)
     if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
         return finish(call, start(call, call.q, call.k, call.v))
+    if fused is not None:
+        return fused(), None
+    call = call._replace(engine="tiles")
     with np.errstate(invalid="ignore", over="ignore"):
         return SCHEDULES[kind](call, tile)
 

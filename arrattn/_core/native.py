@@ -1,0 +1,275 @@
+"""
+The fused attention of the libraries themselves, where it means what ours means.
+
+One adapter for each library: it says in words what its kernel cannot do of a call, and
+computes the rest. All that can be told without running the kernel is told before, so that a
+call which is declined costs no attention, and the tiles do it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import array_api_compat as compat
+
+from arrattn import patterns
+from arrattn._core import loops
+from arrattn._core.inputs import SoftmaxInputs, dtype_name
+from arrattn._core.typing import Array
+from arrattn.patterns import Pattern
+
+
+class Fused(NamedTuple):
+    """
+    What a library's own kernel can do of a call.
+
+    `reasons` say what it cannot, `slower` why the tiles are quicker all the same; `run` gives
+    the output ``(..., Hkv, G, Nq, Dv)``, and is None where there is no kernel or no work.
+    """
+
+    kernel: str | None
+    reasons: tuple[str, ...] = ()
+    slower: tuple[str, ...] = ()
+    run: Callable[[], Array] | None = None
+
+
+def choose(call: SoftmaxInputs) -> Callable[[], Array] | None:
+    """The fused kernel that this call is to take, or None; raises if it has to and cannot."""
+    if call.engine == "tiles":
+        return None
+    fused = consider(call)
+    if call.engine == "native" and fused.reasons:
+        msg = (
+            f"attention: engine='native' cannot do this call: {'; '.join(fused.reasons)}\n"
+            "hint: engine='auto' takes the tiles where the library's own kernel does not fit"
+        )
+        raise ValueError(msg)
+    return fused.run if call.engine == "native" or not _against(fused) else None
+
+
+def consider(call: SoftmaxInputs) -> Fused:
+    """What the call's library offers for it."""
+    if compat.is_torch_namespace(call.xp):
+        return _torch(call)
+    if compat.is_jax_namespace(call.xp):
+        # On a GPU its cuDNN implementation could serve; nothing is claimed that was not run.
+        return Fused(
+            "jax.nn.dot_product_attention",
+            ("it forms all Nq x Nk scores on a CPU, and has not been verified elsewhere",),
+        )
+    library = str(call.xp.__name__).removeprefix("array_api_compat.")
+    return Fused(None, (f"{library} has no fused attention",))
+
+
+def _against(fused: Fused) -> tuple[str, ...]:
+    return fused.reasons + fused.slower
+
+
+# -- torch ------------------------------------------------------------------------------------
+#
+# `scaled_dot_product_attention` picks one of several kernels. Only its CPU flash kernel is
+# used: "math" forms all scores, and those for GPUs have not been run.
+
+
+def _torch(call: SoftmaxInputs) -> Fused:
+    kernel = "torch.nn.functional.scaled_dot_product_attention"
+    if 0 in (*call.batch, *call.heads, *call.lengths):
+        return Fused(kernel)
+    sight = _read_sight(call)
+    reasons = [*_unsupported(call), *sight.problems]
+    # Values are looked at last: it is the one thing here that takes a pass over the arrays.
+    reasons = reasons or _unfit_values(call, sight)
+    if reasons:
+        return Fused(kernel, tuple(reasons))
+    arrays, options = _lay_out(call, sight)
+    if not _takes_flash(arrays, options):
+        return Fused(kernel, ("torch would take a kernel that forms all Nq x Nk scores",))
+    slower = _slower(arrays[0])
+    return Fused(kernel, (), slower, partial(_run_torch, call, arrays, options))
+
+
+class Sight(NamedTuple):
+    """A pattern in the terms of the kernel: the first `nk` keys, in causal order or masked."""
+
+    nk: int
+    is_causal: bool = False
+    mask: Array | None = None  # bool or of q's dtype, (..., Hkv | 1, G | 1, Nq | 1, Nk | 1)
+    problems: tuple[str, ...] = ()
+
+
+def _parts(pattern: Pattern | None) -> Iterator[Pattern]:
+    if isinstance(pattern, patterns.And):
+        yield from _parts(pattern.a)
+        yield from _parts(pattern.b)
+    elif pattern is not None:
+        yield pattern
+
+
+def _read_sight(call: SoftmaxInputs) -> Sight:
+    nk, causal, masks, problems = call.lengths[1], False, [], []
+    for part in _parts(call.pattern):
+        if isinstance(part, patterns.Causal):
+            causal = True
+        elif isinstance(part, patterns.Prefix) and isinstance(part.n, int):
+            nk = min(nk, part.n)
+        elif isinstance(part, patterns.Prefix):
+            longest, mask = _within(part.n, nk, call)
+            nk = min(nk, longest)
+            masks.append(mask)
+        elif isinstance(part, patterns.Masked):
+            masks.append(part.mask)
+        elif isinstance(part, patterns.Unforbidden):
+            masks.append(part.bias)
+        else:
+            problems.append(f"{part} is not among what it can hide")
+    masks = [x for x in masks if x is not None]
+    if nk == 0:
+        problems.append("no key is visible")
+    if causal:
+        causal, problem = _read_causal(call.offset, nk)
+        problems += problem
+    if len(masks) + causal > 1:
+        problems.append("it takes one of causal order, lengths, mask and bias at a time")
+    mask = masks[0] if masks else None
+    if mask is not None and mask.shape[-1] > nk:
+        mask = mask[..., :nk]
+    return Sight(nk, causal, mask, tuple(problems))
+
+
+def _read_causal(offset: int | Array, nk: int) -> tuple[bool, list[str]]:
+    """Whether causal order hides anything, and what the kernel's alignment has against it."""
+    if not isinstance(offset, int):
+        return False, ["the queries' positions differ by batch item"]
+    if offset >= nk - 1:  # the first query sees the last key
+        return False, []
+    if offset != 0:
+        return False, [f"the first query stands at key {offset}, where it puts it at key 0"]
+    return True, []
+
+
+def _within(n: Array, nk: int, call: SoftmaxInputs) -> tuple[int, Array | None]:
+    """The longest of these lengths, and a mask of the keys up to it where they differ."""
+    known = loops.host_values(n)
+    longest = nk if known is None else max(0, min(nk, int(known.max())))
+    if known is not None and known.min() >= longest:
+        return longest, None
+    j = call.xp.arange(longest, device=call.device)
+    return longest, j < n[..., None, None, None, None]
+
+
+def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
+    import torch
+
+    d, dv = call.q.shape[-1], call.v.shape[-1]
+    if call.q.device.type != "cpu":
+        yield f"it has not been verified on {call.q.device.type} devices"
+    if call.return_lse:
+        yield "it gives no log-sum-exp"
+    if call.sinks is not None:
+        yield "it knows no sinks"
+    if call.softcap is not None:
+        yield "it knows no softcap"
+    if d != dv or d == 0:
+        yield f"it takes keys and values of one width, not {d} and {dv}"
+    if call.bias is not None and call.bias.dtype != call.q.dtype:
+        yield (
+            f"it would round a bias of {dtype_name(call.bias.dtype)} to {dtype_name(call.q.dtype)}"
+        )
+    if call.bias is not None and call.bias.requires_grad:
+        yield "it has no gradient of a bias"
+    unpack = torch.autograd.forward_ad.unpack_dual
+    if any(unpack(x).tangent is not None for x in (call.q, call.k, call.v)):
+        yield "it has no forward-mode derivative"
+
+
+def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
+    """
+    Whether any value is one that the kernel treats in its own way.
+
+    It adds ``-inf`` to hidden scores and multiplies hidden values by 0, which hides nothing
+    where they are infinite or NaN, and a row with nothing but NaN for scores may come out 0.
+    (On a GPU these questions would wait for the device.)
+    """
+    import torch
+
+    keys = slice(0, sight.nk)
+    try:
+        q, k, v = map(_size, (call.q, call.k[..., keys, :], call.v[..., keys, :]))
+        found = []
+        if not math.isfinite(q + k + v):
+            found.append("q, k or v holds a value that is not finite")
+        elif q * k * call.q.shape[-1] * max(1.0, abs(call.scale)) > torch.finfo(call.acc).max:
+            found.append("a score may overflow")
+        # Its sum is NaN, too, where -inf meets inf.
+        if call.bias is not None and math.isnan(call.bias.detach().sum(dtype=call.acc).item()):
+            found.append("bias holds NaN")
+    except RuntimeError:  # under vmap, and of tensors without storage
+        return ["the values of q, k and v cannot be looked at here"]
+    return found
+
+
+def _size(x: Array) -> float:
+    """The largest magnitude; NaN where there is one."""
+    low, high = x.detach().aminmax()
+    return max(-low.item(), high.item())
+
+
+def _lay_out(
+    call: SoftmaxInputs, sight: Sight
+) -> tuple[tuple[Array, Array, Array], dict[str, object]]:
+    """
+    The operands as ``(B, H, N, D)``.
+
+    Query heads that share a key head, and what hides keys from it, are rows of one product.
+    """
+    (hkv, g), (nq, _), n = call.heads, call.lengths, math.prod(call.batch)
+    mask = sight.mask
+    alike = not sight.is_causal and (mask is None or mask.shape[-3:-1] == (1, 1))
+    heads, rows = (hkv, g * nq) if g == 1 or alike else (hkv * g, nq)
+
+    def flat(x: Array, *shape: int) -> Array:
+        own = x.ndim - (4 if x is call.q or x is mask else 3)
+        x = x.expand(*call.batch, *x.shape[own:]).reshape(n, *shape, x.shape[-1])
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    q = flat(call.q, heads, rows)
+    k, v = (flat(x[..., : sight.nk, :], hkv, sight.nk) for x in (call.k, call.v))
+    if mask is not None:
+        same = mask.shape[-4:-2] == (1, 1)
+        mask = flat(mask, 1 if same else heads, mask.shape[-2])
+    options = {
+        "attn_mask": mask,
+        "is_causal": sight.is_causal,
+        "scale": call.scale,
+        "enable_gqa": heads != hkv,
+    }
+    return (q, k, v), options
+
+
+def _takes_flash(arrays: tuple[Array, ...], options: dict[str, object]) -> bool:
+    """Whether torch would take its flash kernel, by the function that it asks itself."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    return bool(torch._fused_sdp_choice(*arrays, **options) == SDPBackend.FLASH_ATTENTION.value)
+
+
+def _slower(q: Array) -> tuple[str, ...]:
+    """Where its products of half precision were measured slower than the tiles' in single."""
+    dtype = dtype_name(q.dtype)
+    if dtype == "float16":
+        return ("the tiles are quicker in float16 on a CPU",)
+    if dtype == "bfloat16" and q.shape[-2] == 1:
+        return ("the tiles are quicker for one query in bfloat16 on a CPU",)
+    return ()
+
+
+def _run_torch(call: SoftmaxInputs, arrays: tuple[Array, ...], options: dict[str, object]) -> Array:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    (hkv, g), (nq, _) = call.heads, call.lengths
+    out = scaled_dot_product_attention(*arrays, **options)
+    return out.reshape(*call.batch, hkv, g, nq, call.v.shape[-1])
