@@ -26,6 +26,7 @@ LEVELS = [
     {"_core.tiles"},
     {"patterns", "feature_maps", "_core.online_softmax"},
     {"_core.inputs", "_core.plan", "_core.staging"},
+    {"_core.sight"},
     {"_core.native"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
     {"dense", "local", "sparse", "linear", "merge"},

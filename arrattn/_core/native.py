@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
-from arrattn import patterns
-from arrattn._core import loops
 from arrattn._core.inputs import SoftmaxInputs, dtype_name
+from arrattn._core.sight import Sight, read_sight
 from arrattn._core.typing import Array
-from arrattn.patterns import Pattern
 
 
 class Fused(NamedTuple):
@@ -78,8 +76,8 @@ def _torch(call: SoftmaxInputs) -> Fused:
     kernel = "torch.nn.functional.scaled_dot_product_attention"
     if 0 in (*call.batch, *call.heads, *call.lengths):
         return Fused(kernel)
-    sight = _read_sight(call)
-    reasons = [*_unsupported(call), *sight.problems]
+    sight = read_sight(call)
+    reasons = [*_unsupported(call, sight), *sight.problems]
     # Values are looked at last: it is the one thing here that takes a pass over the arrays.
     reasons = reasons or _unfit_values(call, sight)
     if reasons:
@@ -91,76 +89,7 @@ def _torch(call: SoftmaxInputs) -> Fused:
     return Fused(kernel, (), slower, partial(_run_torch, call, arrays, options))
 
 
-class Sight(NamedTuple):
-    """A pattern in the terms of the kernel: the first `nk` keys, in causal order or masked."""
-
-    nk: int
-    is_causal: bool = False
-    mask: Array | None = None  # bool or of q's dtype, (..., Hkv | 1, G | 1, Nq | 1, Nk | 1)
-    problems: tuple[str, ...] = ()
-
-
-def _parts(pattern: Pattern | None) -> Iterator[Pattern]:
-    if isinstance(pattern, patterns.And):
-        yield from _parts(pattern.a)
-        yield from _parts(pattern.b)
-    elif pattern is not None:
-        yield pattern
-
-
-def _read_sight(call: SoftmaxInputs) -> Sight:
-    nk, causal, masks, problems = call.lengths[1], False, [], []
-    for part in _parts(call.pattern):
-        if isinstance(part, patterns.Causal):
-            causal = True
-        elif isinstance(part, patterns.Prefix) and isinstance(part.n, int):
-            nk = min(nk, part.n)
-        elif isinstance(part, patterns.Prefix):
-            longest, mask = _within(part.n, nk, call)
-            nk = min(nk, longest)
-            masks.append(mask)
-        elif isinstance(part, patterns.Masked):
-            masks.append(part.mask)
-        elif isinstance(part, patterns.Unforbidden):
-            masks.append(part.bias)
-        else:
-            problems.append(f"{part} is not among what it can hide")
-    masks = [x for x in masks if x is not None]
-    if nk == 0:
-        problems.append("no key is visible")
-    if causal:
-        causal, problem = _read_causal(call.offset, nk)
-        problems += problem
-    if len(masks) + causal > 1:
-        problems.append("it takes one of causal order, lengths, mask and bias at a time")
-    mask = masks[0] if masks else None
-    if mask is not None and mask.shape[-1] > nk:
-        mask = mask[..., :nk]
-    return Sight(nk, causal, mask, tuple(problems))
-
-
-def _read_causal(offset: int | Array, nk: int) -> tuple[bool, list[str]]:
-    """Whether causal order hides anything, and what the kernel's alignment has against it."""
-    if not isinstance(offset, int):
-        return False, ["the queries' positions differ by batch item"]
-    if offset >= nk - 1:  # the first query sees the last key
-        return False, []
-    if offset != 0:
-        return False, [f"the first query stands at key {offset}, where it puts it at key 0"]
-    return True, []
-
-
-def _within(n: Array, nk: int, call: SoftmaxInputs) -> tuple[int, Array | None]:
-    """The longest of these lengths, and a mask of the keys up to it where they differ."""
-    known = loops.host_values(n)
-    longest = nk if known is None else max(0, min(nk, int(known.max())))
-    if known is not None and known.min() >= longest:
-        return longest, None
-    j = call.xp.arange(longest, device=call.device)
-    return longest, j < n[..., None, None, None, None]
-
-
-def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
+def _unsupported(call: SoftmaxInputs, sight: Sight) -> Iterator[str]:
     import torch
 
     d, dv = call.q.shape[-1], call.v.shape[-1]
@@ -174,14 +103,20 @@ def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
         yield "it knows no softcap"
     if d != dv or d == 0:
         yield f"it takes keys and values of one width, not {d} and {dv}"
+    if sight.is_causal and call.scale <= 0:
+        # It hides a score by -inf before it multiplies by the scale.
+        yield f"in causal order it takes a positive scale, not {call.scale}"
     if call.bias is not None and call.bias.dtype != call.q.dtype:
         yield (
             f"it would round a bias of {dtype_name(call.bias.dtype)} to {dtype_name(call.q.dtype)}"
         )
-    if call.bias is not None and call.bias.requires_grad:
+    if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
         yield "it has no gradient of a bias"
-    unpack = torch.autograd.forward_ad.unpack_dual
-    if any(unpack(x).tangent is not None for x in (call.q, call.k, call.v)):
+    arrays = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
+    # Its first derivative in reverse is all that it has, and transforms may ask for any other.
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, arrays)):
+        yield "it does not go through the transforms of torch.func"
+    elif any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in arrays):
         yield "it has no forward-mode derivative"
 
 
@@ -206,7 +141,7 @@ def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
         # Its sum is NaN, too, where -inf meets inf.
         if call.bias is not None and math.isnan(call.bias.detach().sum(dtype=call.acc).item()):
             found.append("bias holds NaN")
-    except RuntimeError:  # under vmap, and of tensors without storage
+    except RuntimeError:  # of tensors without values, as tracing makes them
         return ["the values of q, k and v cannot be looked at here"]
     return found
 
@@ -214,12 +149,12 @@ def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
 def _size(x: Array) -> float:
     """The largest magnitude; NaN where there is one."""
     low, high = x.detach().aminmax()
-    return max(-low.item(), high.item())
+    return max(-float(low), float(high))
 
 
 def _lay_out(
     call: SoftmaxInputs, sight: Sight
-) -> tuple[tuple[Array, Array, Array], dict[str, object]]:
+) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
     """
     The operands as ``(B, H, N, D)``.
 
@@ -249,7 +184,7 @@ def _lay_out(
     return (q, k, v), options
 
 
-def _takes_flash(arrays: tuple[Array, ...], options: dict[str, object]) -> bool:
+def _takes_flash(arrays: tuple[Array, ...], options: dict[str, Any]) -> bool:
     """Whether torch would take its flash kernel, by the function that it asks itself."""
     import torch
     from torch.nn.attention import SDPBackend
@@ -267,7 +202,7 @@ def _slower(q: Array) -> tuple[str, ...]:
     return ()
 
 
-def _run_torch(call: SoftmaxInputs, arrays: tuple[Array, ...], options: dict[str, object]) -> Array:
+def _run_torch(call: SoftmaxInputs, arrays: tuple[Array, ...], options: dict[str, Any]) -> Array:
     from torch.nn.functional import scaled_dot_product_attention
 
     (hkv, g), (nq, _) = call.heads, call.lengths
