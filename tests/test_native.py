@@ -54,7 +54,7 @@ def fitting(draw: st.DrawFn) -> Case:
     )
     (nq, nk), (hq, _), batch = case.lengths, case.heads, case.batch
     full = (*batch, hq, nq, nk)
-    axes = [draw(st.booleans()) for _ in full]
+    axes = [draw(st.booleans())] * len(batch) + [draw(st.booleans()) for _ in range(3)]
     shape = tuple(n if whole else 1 for n, whole in zip(full, axes, strict=True))
     hidden = {
         "nothing": {},
@@ -169,6 +169,11 @@ DECLINED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
         "Segments(",
     ),
     "two": ((Q, K, K), {"mask": torch.ones(6, 9) > 0, "bias": randn(6, 9)}, "at a time"),
+    "spread": (
+        (Q[:, None], K[:, None].expand(2, 3, 2, 9, 8), K[:, None]),
+        {"mask": torch.ones(2, 1, 1, 6, 9) > 0},
+        "copy the mask",
+    ),
     "nothing seen": ((Q, K, K), {"kv_lengths": 0}, "no key is visible"),
     "wide bias": ((Q, K, K), {"bias": randn(6, 9, dtype=torch.float32)}, "round a bias"),
     "bias's gradient": ((Q, K, K), {"bias": randn(6, 9).requires_grad_()}, "gradient of a bias"),
@@ -267,6 +272,7 @@ def test_torch_told_to_form_the_scores_is_not_asked(monkeypatch: pytest.MonkeyPa
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     calls = spied(monkeypatch)
+    assert SDPBackend.FLASH_ATTENTION.value == native.FLASH
     with sdpa_kernel(SDPBackend.MATH):
         attention(Q, K, K)
         assert taken(Q, K, K).reasons == (

@@ -71,13 +71,16 @@ def _against(fused: Fused) -> tuple[str, ...]:
 # `scaled_dot_product_attention` picks one of several kernels. Only its CPU flash kernel is
 # used: "math" forms all scores, and those for GPUs have not been run.
 
+#: `torch.nn.attention.SDPBackend.FLASH_ATTENTION`.
+FLASH = 1
+
 
 def _torch(call: SoftmaxInputs) -> Fused:
     kernel = "torch.nn.functional.scaled_dot_product_attention"
     if 0 in (*call.batch, *call.heads, *call.lengths):
         return Fused(kernel)
     sight = read_sight(call)
-    reasons = [*_unsupported(call, sight), *sight.problems]
+    reasons = [*_unsupported(call), *_unsupported_sight(call, sight)]
     # Values are looked at last: it is the one thing here that takes a pass over the arrays.
     reasons = reasons or _unfit_values(call, sight)
     if reasons:
@@ -89,7 +92,7 @@ def _torch(call: SoftmaxInputs) -> Fused:
     return Fused(kernel, (), slower, partial(_run_torch, call, arrays, options))
 
 
-def _unsupported(call: SoftmaxInputs, sight: Sight) -> Iterator[str]:
+def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
     import torch
 
     d, dv = call.q.shape[-1], call.v.shape[-1]
@@ -103,21 +106,29 @@ def _unsupported(call: SoftmaxInputs, sight: Sight) -> Iterator[str]:
         yield "it knows no softcap"
     if d != dv or d == 0:
         yield f"it takes keys and values of one width, not {d} and {dv}"
-    if sight.is_causal and call.scale <= 0:
-        # It hides a score by -inf before it multiplies by the scale.
-        yield f"in causal order it takes a positive scale, not {call.scale}"
-    if call.bias is not None and call.bias.dtype != call.q.dtype:
-        yield (
-            f"it would round a bias of {dtype_name(call.bias.dtype)} to {dtype_name(call.q.dtype)}"
-        )
-    if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
-        yield "it has no gradient of a bias"
     arrays = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
     # Its first derivative in reverse is all that it has, and transforms may ask for any other.
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, arrays)):
         yield "it does not go through the transforms of torch.func"
     elif any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in arrays):
         yield "it has no forward-mode derivative"
+
+
+def _unsupported_sight(call: SoftmaxInputs, sight: Sight) -> Iterator[str]:
+    import torch
+
+    yield from sight.problems
+    if sight.is_causal and call.scale <= 0:
+        # It hides a score by -inf before it multiplies by the scale.
+        yield f"in causal order it takes a positive scale, not {call.scale}"
+    lead = (1,) if sight.mask is None else sight.mask.shape[:-4]
+    if math.prod(lead) not in (1, math.prod(call.batch)):
+        yield "it would copy the mask for each item of a batch axis"
+    bias = call.bias
+    if bias is not None and bias.dtype != call.q.dtype:
+        yield f"it would round a bias of {dtype_name(bias.dtype)} to {dtype_name(call.q.dtype)}"
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        yield "it has no gradient of a bias"
 
 
 def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
@@ -173,8 +184,9 @@ def _lay_out(
     q = flat(call.q, heads, rows)
     k, v = (flat(x[..., : sight.nk, :], hkv, sight.nk) for x in (call.k, call.v))
     if mask is not None:
-        same = mask.shape[-4:-2] == (1, 1)
-        mask = flat(mask, 1 if same else heads, mask.shape[-2])
+        shape = (1 if mask.shape[-4:-2] == (1, 1) else heads, *mask.shape[-2:])
+        same = math.prod(mask.shape[:-4]) == 1
+        mask = mask.reshape(1, *shape) if same else flat(mask, *shape[:2])
     options = {
         "attn_mask": mask,
         "is_causal": sight.is_causal,
@@ -187,9 +199,8 @@ def _lay_out(
 def _takes_flash(arrays: tuple[Array, ...], options: dict[str, Any]) -> bool:
     """Whether torch would take its flash kernel, by the function that it asks itself."""
     import torch
-    from torch.nn.attention import SDPBackend
 
-    return bool(torch._fused_sdp_choice(*arrays, **options) == SDPBackend.FLASH_ATTENTION.value)
+    return bool(torch._fused_sdp_choice(*arrays, **options) == FLASH)
 
 
 def _slower(q: Array) -> tuple[str, ...]:
