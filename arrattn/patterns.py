@@ -76,6 +76,16 @@ class Pattern:
     #: How many last axes of a pattern's arrays are not batch axes.
     trailing: ClassVar[int] = 0
 
+    @property
+    def relative(self) -> bool:
+        """Whether a pair's visibility depends on ``j - p`` alone."""
+        return False
+
+    @property
+    def band(self) -> tuple[int | None, int | None] | None:
+        """``(lo, hi)`` if a pair is visible exactly where ``lo <= j - p < hi``, None: open."""
+        return None
+
     def visible(self, pairs: Pairs) -> Array:
         """Whether each of these pairs is visible, broadcastable to the pairs."""
         raise NotImplementedError
@@ -195,6 +205,17 @@ class Window(Pattern):
 
     def __repr__(self) -> str:
         return f"Window({self.left}, {self.right})"
+
+    @property
+    def relative(self) -> bool:
+        return True
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        return (
+            None if self.left is None else -self.left,
+            None if self.right is None else self.right + 1,
+        )
 
     def visible(self, pairs: Pairs) -> Array:
         return _inside(pairs.j, self.key_span(pairs))
@@ -364,6 +385,10 @@ class Strided(Pattern):
 
     def __repr__(self) -> str:
         return f"Strided({self.step})"
+
+    @property
+    def relative(self) -> bool:
+        return True
 
     def visible(self, pairs: Pairs) -> Array:
         return (pairs.p - pairs.j) % self.step == 0
@@ -583,6 +608,14 @@ class And(Pattern):
     def __repr__(self) -> str:
         return " & ".join(f"({x})" if isinstance(x, Or) else f"{x}" for x in (self.a, self.b))
 
+    @property
+    def relative(self) -> bool:
+        return self.a.relative and self.b.relative
+
+    @property
+    def band(self) -> tuple[int | None, int | None] | None:
+        return _intersect(self.a.band, self.b.band, np)
+
     def visible(self, pairs: Pairs) -> Array:
         return self.a.visible(pairs) & self.b.visible(pairs)
 
@@ -610,6 +643,10 @@ class Or(Pattern):
     def __repr__(self) -> str:
         return f"{self.a} | {self.b}"
 
+    @property
+    def relative(self) -> bool:
+        return self.a.relative and self.b.relative
+
     def visible(self, pairs: Pairs) -> Array:
         return self.a.visible(pairs) | self.b.visible(pairs)
 
@@ -629,6 +666,10 @@ class Not(Pattern):
 
     def __repr__(self) -> str:
         return f"~({self.a})" if isinstance(self.a, And | Or) else f"~{self.a}"
+
+    @property
+    def relative(self) -> bool:
+        return self.a.relative
 
     def visible(self, pairs: Pairs) -> Array:
         return ~self.a.visible(pairs)
@@ -692,6 +733,20 @@ def pick(pattern: Pattern | None, choose: Callable[..., Array]) -> Pattern | Non
     if pattern is None:
         return None
     return _rebuilt(pattern, lambda x, owner: choose(x, trailing=owner.trailing), _is_array)
+
+
+def within_prefix(pattern: Pattern | None, nk: int) -> tuple[Pattern | None, int]:
+    """
+    `pattern` without the prefixes of known length in its intersection, and how many of
+    `nk` keys they leave.
+    """
+    if isinstance(pattern, And):
+        a, nk = within_prefix(pattern.a, nk)
+        b, nk = within_prefix(pattern.b, nk)
+        return both(a, b), nk
+    if isinstance(pattern, Prefix) and np.ndim(pattern.n) == 0:
+        return None, min(nk, int(pattern.n))
+    return pattern, nk
 
 
 def both(*parts: Pattern | None) -> Pattern | None:

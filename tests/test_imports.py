@@ -28,6 +28,7 @@ LEVELS = [
     {"_core.inputs", "_core.plan", "_core.staging"},
     {"_core.sight"},
     {"_core.native"},
+    {"_core.fold", "_core.jobs"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
     {"dense", "local", "sparse", "linear", "merge"},
     {"", "reference"},

@@ -284,20 +284,34 @@ def map_blocks(
 _kept = threading.local()
 _KEPT_AT_MOST = 1 << 20
 
+#: Rows up to which BLAS is faster at the transposed product than at the product.
+_FEW_ROWS = 8
+
+
+def work_space(slot: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    """
+    A NumPy array to write on, which lives until this thread asks for the same `slot` again.
+    """
+    size = math.prod(shape)
+    if size > _KEPT_AT_MOST:
+        return np.empty(shape, dtype)
+    held: dict[Any, Any] = _kept.__dict__
+    kept = held.get((slot, dtype))
+    if kept is None or kept.size < size:
+        kept = held[slot, dtype] = np.empty(size, dtype)
+    return kept[:size].reshape(shape)
+
 
 def product(a: Array, b: Array, slot: str, *, xp: Namespace) -> Array:
     """``a @ b``; on NumPy it lives until this thread's next product in the same `slot`."""
     if not compat.is_numpy_namespace(xp):
         return xp.matmul(a, b)
-    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    size = math.prod(shape)
-    if size > _KEPT_AT_MOST:
-        return np.matmul(a, b)
-    key = (slot, a.dtype)
-    held: dict[Any, Any] = _kept.__dict__
-    if key not in held or held[key].size < size:
-        held[key] = np.empty(size, a.dtype)
-    return np.matmul(a, b, out=held[key][:size].reshape(shape))
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    n, m = a.shape[-2], b.shape[-1]
+    if n <= _FEW_ROWS < m and b.strides[-1] > b.strides[-2]:
+        turned = work_space(slot, (*lead, m, n), a.dtype)
+        return np.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out=turned).swapaxes(-1, -2)
+    return np.matmul(a, b, out=work_space(slot, (*lead, n, m), a.dtype))
 
 
 def hide(s: Array, visible: Array, *, xp: Namespace) -> Array:
@@ -313,6 +327,25 @@ def exp_shifted(s: Array, shift: Array, *, xp: Namespace) -> Array:
     if compat.is_numpy_namespace(xp) and s.flags.writeable:
         return np.exp(np.subtract(s, shift, out=s), out=s)
     return xp.exp(s - shift)
+
+
+def row_sums(p: Array, *, xp: Namespace) -> Array:
+    """Sums over the last axis, which stays with length 1."""
+    if compat.is_numpy_namespace(xp):
+        # To BLAS this is a product, which it is faster at than NumPy at sums.
+        return np.matmul(p, ones_column(p.shape[-1], p.dtype))
+    return xp.sum(p, axis=-1, keepdims=True)
+
+
+_ones: dict[Any, Array] = {}
+
+
+def ones_column(n: int, dtype: Any) -> Array:
+    """Ones ``(n, 1)``, a NumPy array not to be written to."""
+    held = _ones.get(dtype)
+    if held is None or len(held) < n:
+        held = _ones[dtype] = np.ones((n, 1), dtype)
+    return held[:n]
 
 
 def rescale_add(o: Array, factor: Array, more: Array, *, xp: Namespace) -> Array:
@@ -361,8 +394,14 @@ class Pieces:
 SMALL = 1 << 18
 
 
+#: What `set_num_threads` was given.
+_asked: int | None = None
+
+
 def num_threads() -> int:
-    """Worker threads: ``ARRATTN_NUM_THREADS``, or the processors this process may use."""
+    """Worker threads: as set, ``ARRATTN_NUM_THREADS``, or the processors this process may use."""
+    if _asked is not None:
+        return _asked
     asked = os.environ.get("ARRATTN_NUM_THREADS", "")
     if not asked:
         if hasattr(os, "sched_getaffinity"):
@@ -374,47 +413,55 @@ def num_threads() -> int:
     return int(asked)
 
 
+def ask_num_threads(n: int | None) -> int | None:
+    """Set the number of worker threads, None for the default; returns what was set before."""
+    global _asked  # noqa: PLW0603
+    before, _asked = _asked, n
+    return before
+
+
 class _Blas:
     """
     Holds BLAS to one thread while any of our pools runs, and gives back what was set before.
 
     The setting belongs to the process, so calls that overlap share it: the first to come
-    sets it, the last to go restores it. threadpoolctl lets only the thread that set it change
-    it again, so a thread kept for the purpose does both.
+    sets it, the last to go restores it.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
-        self.limiter: Any = None
-        self.keeper = ThreadPoolExecutor(1, thread_name_prefix="arrattn-blas")
+        self.before: list[tuple[Callable[[int], None], int]] = []
 
     @contextmanager
     def held(self) -> Iterator[None]:
         with self.lock:
+            if self.users == 0:
+                self.before = [
+                    (put, many) for get, put in _blas_settings() if (many := get()) not in (None, 1)
+                ]
+                for put, _ in self.before:
+                    put(1)
             self.users += 1
-            if self.users == 1:
-                self.keeper.submit(self._hold)
         try:
-            # Behind the setting in the keeper's queue: done when it is.
-            self.keeper.submit(int).result()
             yield
         finally:
             with self.lock:
                 self.users -= 1
                 if self.users == 0:
-                    self.keeper.submit(self._release).result()
-
-    def _hold(self) -> None:
-        self.limiter = _controller().limit(limits=1).__enter__()
-
-    def _release(self) -> None:
-        self.limiter.__exit__(None, None, None)
+                    for put, many in self.before:
+                        put(many)
 
 
 @lru_cache(maxsize=1)
-def _controller() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
+def _blas_settings() -> list[tuple[Callable[[], int | None], Callable[[int], None]]]:
+    """How to read and to set the number of threads of each BLAS that is loaded."""
+    # threadpoolctl lets only the thread that made a setting change it again, which calls that
+    # overlap cannot keep to; the function under that rule has none.
+    return [
+        (library.get_num_threads, getattr(library, "_real_set_num_threads", library.set_num_threads))
+        for library in ThreadpoolController().select(user_api="blas").lib_controllers
+    ]
 
 
 @lru_cache(maxsize=4)

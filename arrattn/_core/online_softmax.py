@@ -39,7 +39,7 @@ def empty(o: Array, sinks: Array | None, *, xp: Namespace) -> State:
 
 
 def absorb(
-    state: State,
+    state: State | None,
     s: Array,
     v: Array,
     visible: Array | None,
@@ -48,19 +48,20 @@ def absorb(
     finite: bool | None,
 ) -> State:
     """
-    Add a tile of scores ``(..., nq, nk)`` and its values to the state.
+    Add a tile of scores ``(..., nq, nk)`` and its values to the state, None before any.
 
     `finite` says whether `v` is known to be finite.
     """
 
     def weighted(p: Array, seen: Array | None) -> Array:
-        return weigh(p, v, seen, xp=xp, finite=finite, slot="values")
+        slot = None if state is None else "values"
+        return weigh(p, v, seen, xp=xp, finite=finite, slot=slot)
 
     return absorb_with(state, s, visible, weighted, xp=xp)
 
 
 def absorb_with(
-    state: State,
+    state: State | None,
     s: Array,
     visible: Array | None,
     weighted: Callable[[Array, Array | None], Array],
@@ -76,11 +77,13 @@ def absorb_with(
         s = loops.hide(s, visible, xp=xp)
     # The result does not depend on the maximum, so gradients need not pass through it.
     top = loops.stop_gradient(xp.max(s, axis=-1, keepdims=True))
-    m = xp.maximum(state.m, top)
+    m = top if state is None else xp.maximum(state.m, top)
     shift = _finite(m, xp=xp)
     p = loops.exp_shifted(s, shift, xp=xp)
+    if state is None:
+        return State(m, loops.row_sums(p, xp=xp), weighted(p, visible))
     decay = xp.exp(state.m - shift)
-    total = state.l * decay + xp.sum(p, axis=-1, keepdims=True)
+    total = state.l * decay + loops.row_sums(p, xp=xp)
     o = loops.rescale_add(state.o, decay, weighted(p, visible), xp=xp)
     return State(m, total, o)
 

@@ -19,7 +19,7 @@ from arrattn.patterns import FAR, Pattern, Rectangles
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 #: Tile shapes to choose from, and what starting a run of tiles costs, counted in pairs.
-TILES = ((512, 256), (256, 256), (128, 128), (64, 64))
+TILES = ((1024, 256), (512, 256), (256, 256), (128, 128), (64, 64))
 RUN_OVERHEAD = 1 << 14
 
 
@@ -60,12 +60,13 @@ class Plan:
         """Key range of key tile `u`."""
         return u * self.tile[1], min((u + 1) * self.tile[1], self.nk)
 
-    def runs(self, t: int, pairs: int) -> list[tuple[int, int, bool]]:
+    def runs(self, t: int, pairs: int, *, apart: bool = False) -> list[tuple[int, int, bool]]:
         """
         Query tile `t`'s visits as key ranges ``(j0, j1, hide)``.
 
         Neighbouring tiles go together while a run has at most `pairs` pairs; `hide` is
-        False where every pair of the run is visible.
+        False where every pair of the run is visible. With `apart`, tiles where it is False
+        go together with none where it is True.
         """
         kinds = self.kinds[t]
         most = max(1, pairs // (self.tile[0] * self.tile[1]))
@@ -73,7 +74,8 @@ class Plan:
         first = last = -2
         for u in np.flatnonzero(kinds).tolist():
             hide = bool(kinds[u] != FULL)
-            if u == last + 1 and u - first < most:
+            joins = u == last + 1 and u - first < most
+            if joins and not (apart and runs[-1][2] != hide):
                 runs[-1] = (runs[-1][0], self.columns(u)[1], runs[-1][2] or hide)
             else:
                 first = u
@@ -153,26 +155,38 @@ def _kinds(some: Any, every: Any) -> np.ndarray[Any, Any]:
 
 
 def choose_tile(
-    pattern: Pattern | None, nq: int, nk: int, offset: int | Array, *, lanes: int, budget: int
+    pattern: Pattern | None,
+    nq: int,
+    nk: int,
+    offset: int | Array,
+    *,
+    lanes: int,
+    budget: int,
+    grain: int | None = None,
 ) -> tuple[int, int]:
     """
     The tile shape that promises the least work on this pattern.
 
     A few query tiles are looked at for each candidate: pairs visited, plus a fixed cost for
     every run of tiles that is computed at once. `lanes` score matrices are computed side by
-    side, and together they may hold `budget` numbers.
+    side, and together they may hold `budget` numbers. With a `grain`, so many rows of a tile
+    that see none of its keys are not computed.
     """
-    fitting = [t for t in TILES if t[0] * t[1] * lanes <= budget] or [TILES[-1]]
+    # Few queries make few tiles, and tiles are what runs side by side.
+    fitting = [t for t in TILES if t[0] * t[1] * lanes <= budget and 4 * t[0] <= max(nq, 2048)]
+    fitting = fitting or [TILES[-1]]
     if pattern is None or max(nq, nk) <= TILES[-1][0]:
         return fitting[0]
 
     def cost(tile: tuple[int, int]) -> float:
-        starts = np.arange(0, nq, tile[0])
-        looked = starts[:: max(1, len(starts) // 8)]
+        rows = min(tile[0], grain or tile[0])
+        starts = np.arange(0, nq, rows)
+        looked = starts[:: max(1, len(starts) // 32)]
         cols = np.arange(0, nk, tile[1])
-        some, _ = _classify(pattern, looked, cols, nq, nk, offset, tile)
+        some, _ = _classify(pattern, looked, cols, nq, nk, offset, (rows, tile[1]))
         visits = float(some.sum()) * len(starts) / max(len(looked), 1)
-        pairs = visits * tile[0] * tile[1] * lanes
-        return pairs + RUN_OVERHEAD * max(len(starts), pairs / budget)
+        pairs = visits * rows * tile[1] * lanes
+        runs = max(nq / tile[0], visits * rows / tile[0])
+        return pairs + RUN_OVERHEAD * runs
 
     return min(fitting, key=cost)

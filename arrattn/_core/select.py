@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn._core import engine, loops, online_softmax, staging
+from arrattn._core import fold, jobs, loops, online_softmax, staging
 from arrattn._core.grouped import Grouping, group, grouped_matmul
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import make_plan
-from arrattn._core.tiles import ChosenPairs, TilePairs, group_matmul
+from arrattn._core.tiles import ChosenPairs, TilePairs, group_matmul, stack_tiles, unstack_rows
 from arrattn._core.typing import Array, Namespace
 
 #: Numbers that one worker may hold for the keys its rows look at.
@@ -48,7 +48,7 @@ def attend_selected(
     """
     kind = loops.schedule(call.xp)
     if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
-        return engine.finish(call, engine.start(call, call.q, call.k, call.v))
+        return fold.finish(call, fold.start(call, call.q, call.k, call.v))
     with np.errstate(invalid="ignore", over="ignore"):
         return _SCHEDULES[kind](call, choice, rows)
 
@@ -186,7 +186,7 @@ def block_means(call: SoftmaxInputs, choice: Choice) -> Array:
     not see it.
     """
     xp, nk = call.xp, call.lengths[1]
-    k = engine.enter(call, call.k)[..., None, :, :]
+    k = fold.enter(call, call.k)[..., None, :, :]
     seen = seen_by_any(call)
     if seen is None:
         seen = xp.ones((1, nk), dtype=xp.bool, device=call.device)
@@ -219,7 +219,7 @@ def prepare(call: SoftmaxInputs, choice: Choice) -> Keys:
     xp, lead = call.xp, (*call.batch, call.heads[0])
 
     def blocks(x: Array) -> Array:
-        x = _blocked(engine.enter(call, x), choice.block, axis=-2, xp=xp)
+        x = _blocked(fold.enter(call, x), choice.block, axis=-2, xp=xp)
         x = xp.broadcast_to(x, (*lead, *x.shape[-3:]))
         return xp.reshape(x, (math.prod(x.shape[:-2]), *x.shape[-2:]))
 
@@ -251,19 +251,19 @@ def _exhaustive_tile(
 ) -> tuple[Array, Array]:
     xp, (_, nk) = call.xp, call.lengths
     j0, j1 = hull or (0, nk)
-    k, v = (engine.enter(call, x[..., j0:j1, :]) for x in (call.k, call.v))
-    state = engine.start(call, rows, call.k, call.v)
+    k, v = (fold.enter(call, x[..., j0:j1, :]) for x in (call.k, call.v))
+    state = fold.start(call, rows, call.k, call.v)
     if j0 == j1:
-        return engine.finish(call, state)
+        return fold.finish(call, state)
     pairs = TilePairs(i0, rows.shape[-2], j0, j1 - j0, call.offset, xp=xp, device=call.device)
     own = own_block(pairs.p, choice, nk, xp=xp) == pairs.j // choice.block
     visible = xp.ones_like(own) if call.pattern is None else call.pattern.visible(pairs)
     # The scale comes after the product: before it, rounding could part scores that tie.
-    q = engine.enter(call, rows)
-    s = engine.visible_scores(call, q, k, pairs, finite, scale=call.scale)
+    q = fold.enter(call, rows)
+    s = fold.visible_scores(call, q, k, pairs, finite, scale=call.scale)
     best = top_mask(s, visible & ~own, choice.top_k, xp=xp)
     seen = (visible & own) | best
-    return engine.finish(call, online_softmax.absorb(state, s, v, seen, xp=xp, finite=finite))
+    return fold.finish(call, online_softmax.absorb(state, s, v, seen, xp=xp, finite=finite))
 
 
 def _routed_tile(
@@ -277,7 +277,7 @@ def _routed_tile(
     xp, nk, size = call.xp, call.lengths[1], choice.block
     nq, nb = rows.shape[-2], -(-nk // size)
     shape = (*call.batch, *call.heads, nq)
-    q = engine.enter(call, rows)
+    q = fold.enter(call, rows)
     pairs = TilePairs(i0, nq, 0, 1, call.offset, xp=xp, device=call.device)
     ids = xp.broadcast_to(own_block(pairs.p, choice, nk, xp=xp), (*shape, 1))
     if keys.means is not None:
@@ -302,14 +302,14 @@ def _routed_tile(
 
     q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (math.prod(shape), q.shape[-1]))
     s = _block_scores(q, keys.k, at, n, finite, xp=xp)
-    s = engine.adjust(call, xp.reshape(s, j.shape), chosen, scale=call.scale)
+    s = fold.adjust(call, xp.reshape(s, j.shape), chosen, scale=call.scale)
     own = xp.reshape(xp.arange(n * size, device=call.device) < size, (1, n * size))
     seen = visible & own
     if n > 1:
         seen = seen | top_mask(s, visible & ~own, choice.top_k, xp=xp)
-    state = engine.start(call, rows, call.k, call.v)
+    state = fold.start(call, rows, call.k, call.v)
     weighted = partial(_block_sums, blocks=keys.v, at=at, n=n, finite=finite, xp=xp)
-    return engine.finish(call, online_softmax.absorb_with(state, s, seen, weighted, xp=xp))
+    return fold.finish(call, online_softmax.absorb_with(state, s, seen, weighted, xp=xp))
 
 
 def _block_scores(
@@ -382,13 +382,13 @@ def _select_threads(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
     (hkv, g), (nq, _) = call.heads, call.lengths
     out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
     lse = np.empty((*call.batch, hkv, g, nq), call.acc)
-    finite = engine.all_finite(call)
+    finite = fold.all_finite(call)
     step = rows or _rows_at_once(call, choice, "threads", g)
     for b in np.ndindex(*call.batch):
-        item = engine.batch_item(call, b)
+        item = jobs.batch_item(call, b)
         hulls = _hulls(item, choice, step) if choice.exhaustive else None
         for h in range(hkv):
-            head = engine.head_item(item, h)
+            head = jobs.head_item(item, h)
             keys = prepare(head, choice)
             loops.run_jobs(
                 [
@@ -428,7 +428,7 @@ def _select_batched(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
     lanes = math.prod((*call.batch, *call.heads))
     step = rows or _rows_at_once(call, choice, "batched", lanes)
     hulls = _hulls(call, choice, step) if choice.exhaustive else None
-    keys, finite = prepare(call, choice), engine.all_finite(call)
+    keys, finite = prepare(call, choice), fold.all_finite(call)
     tiles = [
         select_tile(
             call,
@@ -463,10 +463,10 @@ def _scan_selected(
         rows, i0 = row
         return select_tile(call, choice, keys, rows, i0, None)
 
-    tiles = engine.stack_tiles(call.q, step, xp)
+    tiles = stack_tiles(call.q, step, xp)
     starts = xp.arange(tiles.shape[0]) * step
     out, lse = loops.map_rematerialised(body, (tiles, starts))
-    return engine.unstack_rows(out, lse, nq, xp)
+    return unstack_rows(out, lse, nq, xp)
 
 
 def _select_blocks(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:

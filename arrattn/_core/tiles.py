@@ -59,6 +59,25 @@ def gather_last(x: Array, index: Array, *, xp: Namespace) -> Array:
     return xp.reshape(taken, flat.shape)
 
 
+def stack_tiles(x: Array, size: int, xp: Namespace) -> Array:
+    """``(..., N, D)`` as tiles ``(N / size, ..., size, D)``, the last padded with zeros."""
+    missing = -x.shape[-2] % size
+    if missing:
+        pad = xp.zeros((*x.shape[:-2], missing, x.shape[-1]), dtype=x.dtype)
+        x = xp.concat([x, pad], axis=-2)
+    x = xp.reshape(x, (*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1]))
+    return xp.moveaxis(x, -3, 0)
+
+
+def unstack_rows(out: Array, lse: Array, nq: int, xp: Namespace) -> tuple[Array, Array]:
+    """Tiles of query rows along a first axis, put in their place; padding cut off."""
+    out, lse = xp.moveaxis(out, 0, -3), xp.moveaxis(lse, 0, -2)
+    n = lse.shape[-2] * lse.shape[-1]
+    out = xp.reshape(out, (*out.shape[:-3], n, out.shape[-1]))
+    lse = xp.reshape(lse, (*lse.shape[:-2], n))
+    return out[..., :nq, :], lse[..., :nq]
+
+
 class Pairs(Protocol):
     """
     Some (query, key) pairs, as a pattern sees them.

@@ -1,0 +1,199 @@
+"""
+The online softmax in as few passes over the scores as NumPy can do it in.
+
+Scores are kept in units of ``log 2``, so that `exp2` does, and hidden pairs are multiplied by
+0 after it. Where ``|q| |k|`` (Cauchy-Schwarz) bounds all scores of a strip, nothing has to
+be subtracted before it; else a row's maximum so far is, which is brought up to date only when
+a row's sum shows that it has fallen behind. Neither choice depends on what a hidden key
+or value holds, for they are made by keys that every row sees, or key by key.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from arrattn._core import loops
+from arrattn._core.online_softmax import State
+from arrattn._core.typing import Array, DType
+
+#: Scores of at most this size, in units of log 2, are exponentiated as they are.
+CALM = 60.0
+
+#: Values whose rows have norms within these powers of 2 can be weighted by 2 ** +-CALM.
+SMALLEST, LARGEST = -40, 40
+
+#: Beyond this norm a product could overflow before it is looked at.
+UNSAFE = 2.0**100
+
+#: Exponents are cut here: 2 ** LOW is nothing beside a row's largest weight, 1.
+LOW, HIGH = -120.0, 100.0
+
+#: A row's sum may grow to this before its maximum is brought up to date.
+ENOUGH = 2.0**40
+
+LOG2E = math.log2(math.e)
+
+
+class Look(Protocol):
+    """What hides pairs of a tile; see `jobs.Look`."""
+
+    rows: tuple[int, int]
+    visible: Array
+    weights: Array
+
+
+def reach(k: Array, v: Array, acc: DType) -> Array:
+    """
+    The norm of each key, or inf where its value is too large or too small, or NaN.
+    """
+    norm = np.sqrt(np.einsum("ij,ij->i", k, k, dtype=acc))
+    size = np.einsum("ij,ij->i", v, v, dtype=acc)
+    small = ~(size >= 4.0**SMALLEST)
+    if small.any():
+        # Nothing is lost of a value that is exactly zero.
+        size[small] = np.where(v[small].any(axis=-1), math.inf, 1.0)
+    norm[~(size <= 4.0**LARGEST)] = math.inf
+    return norm
+
+
+class Rows:
+    """
+    What a strip's queries have gathered so far.
+
+    Parameters
+    ----------
+    q : array, shape (count, G, n, D)
+        Queries as they came.
+    scale : float
+        The factor of the scores.
+    dv : int
+        Width of the values.
+    acc : dtype
+        Of scores and sums.
+    """
+
+    def __init__(self, q: Array, scale: float, dv: int, acc: DType) -> None:
+        self.shape = q.shape[:-1]
+        self.q = loops.work_space("queries", q.shape, acc)
+        np.multiply(q, np.asarray(scale * LOG2E, acc), out=self.q, casting="same_kind")
+        self.o = loops.work_space("sums", (*self.shape, dv), acc)
+        self.l = loops.work_space("totals", (*self.shape, 1), acc)
+        self.m: Array | None = None
+        self.began = False
+        self.norm = math.sqrt(np.einsum("tgnd,tgnd->tgn", self.q, self.q).max(initial=0.0))
+        self.limit = 0.0
+
+    def choose(self, full: list[Array]) -> None:
+        """Choose whether a maximum is kept, by the `reach` of the keys that every row sees."""
+        self.limit = CALM / self.norm if self.norm else math.inf
+        if not all((span <= self.limit).all() for span in full):
+            self.limit = UNSAFE / self.norm
+            self.m = np.full((*self.shape, 1), -math.inf, self.l.dtype)
+
+    def absorb(self, k: Array, v: Array, look: Look | None, far: Array | None) -> None:
+        """
+        Add keys ``(count, D, m)`` and values ``(count, m, Dv)``, but for those that are `far`.
+        """
+        weights, rows = None, (0, self.shape[2])
+        if look is not None:
+            weights, rows = look.weights, look.rows
+        if far is not None:
+            k, v = np.where(far[:, None, :], 0, k), np.where(far[:, :, None], 0, v)
+            weights = weights * ~far[:, None, None, :]
+        p = self._weights(k, v, weights, look, rows, far)
+        self._add(p, v, rows)
+
+    def _product(self, k: Array, rows: tuple[int, int]) -> Array:
+        """Scores ``(count, G, n, m)``."""
+        t, g, _ = self.shape
+        n = rows[1] - rows[0]
+        q = self.q[:, :, rows[0] : rows[1]].reshape(t, g * n, -1)
+        s = loops.work_space("scores", (t, g * n, k.shape[-1]), self.q.dtype)
+        return np.matmul(q, k, out=s).reshape(t, g, n, -1)
+
+    def _weights(
+        self,
+        k: Array,
+        v: Array,
+        weights: Array | None,
+        look: Look | None,
+        rows: tuple[int, int],
+        far: Array | None,
+    ) -> Array:
+        s = self._product(k, rows)
+        if self.m is None:
+            p = np.exp2(s, out=s)
+            return p if weights is None else np.multiply(p, weights, out=p)
+        m = self.m[:, :, rows[0] : rows[1]]
+        if np.isfinite(m).all():
+            p = _shifted(s, m, weights)
+            if (loops.row_sums(p, xp=np) <= ENOUGH).all():
+                return p
+            s = self._product(k, rows)
+        seen = s
+        if weights is not None:
+            seen = np.where(weights != 0, s, -math.inf)
+        top = np.maximum(m, seen.max(axis=-1, keepdims=True))
+        shift = np.where(top == -math.inf, 0, top)
+        if self.began:
+            decay = np.exp2(m - shift)
+            for x in (self.o, self.l):
+                part = x[:, :, rows[0] : rows[1]]
+                np.multiply(part, decay, out=part)
+        m[...] = top
+        return _shifted(s, shift, weights)
+
+    def _add(self, p: Array, v: Array, rows: tuple[int, int]) -> None:
+        t, g, n = self.shape
+        r0, r1 = rows
+        flat = p.reshape(t, g * (r1 - r0), -1)
+        ones = loops.ones_column(flat.shape[-1], flat.dtype)
+        if not self.began and (r0, r1) == (0, n):
+            np.matmul(flat, v, out=self.o.reshape(t, g * n, -1))
+            np.matmul(flat, ones, out=self.l.reshape(t, g * n, 1))
+            self.began = True
+            return
+        self._begin()
+        for x, factor, slot in ((self.o, v, "values"), (self.l, ones, "counts")):
+            more = loops.work_space(slot, (*flat.shape[:2], factor.shape[-1]), flat.dtype)
+            np.matmul(flat, factor, out=more)
+            part = x[:, :, r0:r1]
+            np.add(part, more.reshape(part.shape), out=part)
+
+    def _begin(self) -> None:
+        if not self.began:
+            self.o[...] = 0
+            self.l[...] = 0
+            self.began = True
+
+    def finish(self, out: Array, lse: Array) -> None:
+        """Write outputs and log-sum-exps."""
+        self._begin()
+        none = self.l == 0
+        some = none.any()
+        if some:
+            self.l[none] = 1
+        np.divide(self.o, self.l, out=out)
+        np.log(self.l, out=lse)
+        if self.m is not None:
+            lse += np.where(none, 0, self.m) * np.asarray(1 / LOG2E, lse.dtype)
+        if some:
+            lse[none] = -math.inf
+
+    def state(self) -> State:
+        """The same as the state of the online softmax, for it to go on from."""
+        self._begin()
+        m = 0.0 if self.m is None else self.m * np.asarray(1 / LOG2E, self.l.dtype)
+        m = np.where(self.l == 0, np.asarray(-math.inf, self.l.dtype), m)
+        return State(*(x[:, None].copy() for x in (m, self.l, self.o)))
+
+
+def _shifted(s: Array, shift: Array, weights: Array | None) -> Array:
+    """``exp2(s - shift)``, in place, 0 where the weights are."""
+    np.subtract(s, shift, out=s)
+    if weights is None:
+        return np.exp2(np.maximum(s, LOW, out=s), out=s)
+    return np.multiply(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), weights, out=s)
