@@ -30,7 +30,9 @@ LEVELS = [
     {"_core.native"},
     {"_core.fold", "_core.jobs"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
+    {"_core.ways"},
     {"dense", "local", "sparse", "linear", "merge"},
+    {"explain"},
     {"", "reference"},
 ]
 

@@ -188,8 +188,8 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
         if other is not xp:
             reasons.add(
                 TypeError,
-                f"{name}: expected an array of the same library as q ({_library(xp)}), "
-                f"got one of {_library(other)}; convert it first, nothing is converted silently",
+                f"{name}: expected an array of the same library as q ({library_name(xp)}), got "
+                f"one of {library_name(other)}; convert it first, nothing is converted silently",
             )
     reasons.check()
     device = loops.device_of(named["q"])
@@ -204,7 +204,8 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
     return xp, device
 
 
-def _library(xp: Namespace) -> str:
+def library_name(xp: Namespace) -> str:
+    """The library's name, as an error message has it."""
     return str(xp.__name__).removeprefix("array_api_compat.")
 
 
@@ -736,8 +737,8 @@ def read_parts(parts: Any) -> Namespace:
         for name, x, first in (("out", out, out0), ("lse", lse, lse0)):
             what = f"parts[{n}].{name}"
             if compat.array_namespace(x) is not xp:
-                other = _library(compat.array_namespace(x))
-                reasons.add(TypeError, f"{what}: expected {_library(xp)}, got {other}")
+                other = library_name(compat.array_namespace(x))
+                reasons.add(TypeError, f"{what}: expected {library_name(xp)}, got {other}")
             elif loops.device_of(x) != loops.device_of(out0):
                 reasons.add(TypeError, f"{what}: expected the device of parts[0].out")
             elif x.dtype != first.dtype or dtype_name(x.dtype) not in FLOATS:

@@ -21,7 +21,7 @@ from arrattn._core import gather, loops, online_softmax
 from arrattn._core.fold import enter, finish, fold
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import choose_tile, make_plan
+from arrattn._core.plan import Plan, choose_tile, make_plan
 from arrattn._core.tiles import TilePairs, pick_item
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern, Rectangles
@@ -78,12 +78,7 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         loops.run_jobs(list(_small_jobs(call, out, lse)), small=call.q.size * nk <= loops.SMALL)
         return out, lse
     jobs: list[tuple[int, Any]] = []
-    strips: tuple[Strip, ...] = ()
-    for b in np.ndindex(*call.batch):
-        item = _without_padding(batch_item(call, b))
-        # One plan serves all items, unless they differ.
-        if not strips or call.pattern is not item.pattern or not isinstance(call.offset, int):
-            strips = tuple(cut(item, tile))
+    for b, item, strips in items(call, tile):
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
             jobs += [(strip.cost, partial(head.run, strip)) for strip in strips]
@@ -92,6 +87,19 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
     width = max(call.q.shape[-1], call.v.shape[-1])
     loops.run_jobs([job for _, job in jobs], small=g * nq * nk * width <= loops.SMALL)
     return out, lse
+
+
+def items(
+    call: SoftmaxInputs, tile: tuple[int, int] | None = None
+) -> Iterator[tuple[tuple[int, ...], SoftmaxInputs, tuple[Strip, ...]]]:
+    """Each item of the batch, where it is, and its strips."""
+    strips: tuple[Strip, ...] = ()
+    for b in np.ndindex(*call.batch):
+        item = _without_padding(batch_item(call, b))
+        # One plan serves all items, unless they differ.
+        if not strips or call.pattern is not item.pattern or not isinstance(call.offset, int):
+            strips = tuple(cut(item, tile))
+        yield b, item, strips
 
 
 def _without_padding(item: SoftmaxInputs) -> SoftmaxInputs:
@@ -193,21 +201,27 @@ def _picked(pattern: Pattern | None, choose: Any) -> Pattern | None:
 
 def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Iterator[Strip]:
     """The strips of one item, the same for all its heads."""
-    (_, g), (nq, nk) = call.heads, call.lengths
+    g = call.heads[1]
     rows = None if tile else band_rows(call)
     if rows is not None:
         yield from _cut_band(call, rows)
         return
+    plan = plan_tiles(call, tile)
+    pairs = min(BUDGET // g, plan.tile[0] * FEW_KEYS)
+    for t in range(plan.kinds.shape[-2]):
+        i0, i1 = plan.rows(t)
+        yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
+
+
+def plan_tiles(call: SoftmaxInputs, tile: tuple[int, int] | None = None) -> Plan:
+    """The plan of one item whose keys are not a band."""
+    (_, g), (nq, nk) = call.heads, call.lengths
     grain = GRAIN if call.pattern is not None and call.pattern.relative else None
     shape = tile or choose_tile(
         call.pattern, nq, nk, call.offset, lanes=g, budget=BUDGET, grain=grain
     )
     shape = (min(shape[0], max(nq, 1)), shape[1])
-    plan = make_plan(call.pattern, nq, nk, call.offset, shape)
-    pairs = min(BUDGET // g, shape[0] * FEW_KEYS)
-    for t in range(plan.kinds.shape[-2]):
-        i0, i1 = plan.rows(t)
-        yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
+    return make_plan(call.pattern, nq, nk, call.offset, shape)
 
 
 def band_rows(call: SoftmaxInputs) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
-from arrattn._core.inputs import SoftmaxInputs, dtype_name
+from arrattn._core.inputs import SoftmaxInputs, dtype_name, library_name
 from arrattn._core.sight import Sight, read_sight
 from arrattn._core.typing import Array
 
@@ -25,7 +25,7 @@ class Fused(NamedTuple):
     What a library's own kernel can do of a call.
 
     `reasons` say what it cannot, `slower` why the tiles are quicker all the same; `run` gives
-    the output ``(..., Hkv, G, Nq, Dv)``, and is None where there is no kernel or no work.
+    the output ``(..., Hkv, G, Nq, Dv)``, and is None where the kernel is not to be taken.
     """
 
     kernel: str | None
@@ -34,10 +34,10 @@ class Fused(NamedTuple):
     run: Callable[[], Array] | None = None
 
 
-def choose(call: SoftmaxInputs) -> Callable[[], Array] | None:
-    """The fused kernel that this call is to take, or None; raises if it has to and cannot."""
+def choose(call: SoftmaxInputs) -> Fused:
+    """The fused kernel for this call, if it is to be taken; raises if it has to and cannot."""
     if call.engine == "tiles":
-        return None
+        return Fused(None)
     fused = consider(call)
     if call.engine == "native" and fused.reasons:
         msg = (
@@ -45,7 +45,7 @@ def choose(call: SoftmaxInputs) -> Callable[[], Array] | None:
             "hint: engine='auto' takes the tiles where the library's own kernel does not fit"
         )
         raise ValueError(msg)
-    return fused.run if call.engine == "native" or not _against(fused) else None
+    return fused._replace(run=None) if call.engine == "auto" and fused.slower else fused
 
 
 def consider(call: SoftmaxInputs) -> Fused:
@@ -58,12 +58,7 @@ def consider(call: SoftmaxInputs) -> Fused:
             "jax.nn.dot_product_attention",
             ("it forms all Nq x Nk scores on a CPU, and has not been verified elsewhere",),
         )
-    library = str(call.xp.__name__).removeprefix("array_api_compat.")
-    return Fused(None, (f"{library} has no fused attention",))
-
-
-def _against(fused: Fused) -> tuple[str, ...]:
-    return fused.reasons + fused.slower
+    return Fused(None, (f"{library_name(call.xp)} has no fused attention",))
 
 
 # -- torch ------------------------------------------------------------------------------------
