@@ -59,7 +59,7 @@ def fitting(draw: st.DrawFn) -> Case:
     hidden = {
         "nothing": {},
         "causal": {"is_causal": True, "q_offset": 0},
-        "decoding": {"is_causal": True, "q_offset": nk + 2},
+        "decoding": {"is_causal": True, "q_offset": nk - 1},
         "length": {"kv_lengths": int(rng.integers(1, nk + 1))},
         "lengths": {"kv_lengths": rng.integers(0, nk + 1, size=batch) if batch else nk},
         "mask": {"mask": rng.random(shape) < 0.6},
@@ -158,6 +158,7 @@ DECLINED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "softcap": ((Q, K, K), {"softcap": 3.0}, "no softcap"),
     "width": ((Q, K, K[..., :5]), {}, "one width, not 8 and 5"),
     "bottom right": ((Q, K, K), {"is_causal": True}, "the first query stands at key 3"),
+    "one key short": ((Q, K, K), {"is_causal": True, "q_offset": 7}, "stands at key 7"),
     "before": ((Q, K, K), {"is_causal": True, "q_offset": -1}, "stands at key -1"),
     "positions": ((Q, K, K), {"is_causal": True, "q_offset": torch.tensor([0, 1])}, "by batch"),
     "no scale": ((Q, Q, Q), {"is_causal": True, "scale": 0.0}, "a positive scale, not 0.0"),
