@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from arrattn.bench import compare
+    from arrattn.bench import compare, speed
 
     parser = argparse.ArgumentParser(
         prog="arrattn",
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help=about, description=_sentence(about))
     compare.add_arguments(command)
     command.set_defaults(run=compare.run)
+
+    about = "time arrattn beside its peers and beside the machine's own matrix products"
+    command = commands.add_parser("bench", help=about, description=_sentence(about))
+    speed.add_arguments(command)
+    command.set_defaults(run=speed.run)
 
     about = "list the array libraries: what is installed here, and what each supports"
     command = commands.add_parser("backends", help=about, description=_sentence(about))

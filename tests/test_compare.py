@@ -18,11 +18,12 @@ from arrattn import cli, patterns
 from arrattn.backends import library
 from arrattn.bench import compare, findings, measure, table
 from arrattn.bench.families import choose_families
+from arrattn.bench.files import CannotRun
 from arrattn.bench.inputs import read_inputs
 from arrattn.bench.libraries import open_library
 from arrattn.bench.measure import Cell
 from arrattn.bench.memory import Peak, highest, traced
-from arrattn.bench.settings import CannotRun, Settings, read_settings
+from arrattn.bench.settings import Settings, read_settings
 
 RANDOM = ["compare", "--random", "--repeat", "1", "--heads", "2"]
 
@@ -320,7 +321,7 @@ def test_a_path_without_permission(
     if there:
         path.touch()
     # The tests may run as root, who may write everywhere.
-    monkeypatch.setattr("arrattn.bench.settings.os.access", lambda *_: False)
+    monkeypatch.setattr("arrattn.bench.files.os.access", lambda *_: False)
     assert cli.main([*RANDOM, "--lengths", "8", "--json", str(path)]) == 2
     said = "this file cannot be written" if there else "no file can be made in the folder"
     assert said in capsys.readouterr().err

@@ -11,7 +11,7 @@ or value holds, for they are made by keys that every row sees, or key by key.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,11 +37,23 @@ ENOUGH = 2.0**40
 LOG2E = math.log2(math.e)
 
 
-class Look(Protocol):
-    """What hides pairs of a tile; see `jobs.Look`."""
+class Look(NamedTuple):
+    """
+    What hides pairs of a tile.
+
+    Attributes
+    ----------
+    rows : tuple of (int, int)
+        Rows of the tile outside which none sees any key.
+    partly : tuple of (int, int)
+        Those of them outside which all see every key.
+    weights : array
+        1 where a pair of the rows `partly` is visible, else 0; broadcastable to
+        (count, G, rows, m).
+    """
 
     rows: tuple[int, int]
-    visible: Array
+    partly: tuple[int, int]
     weights: Array
 
 
@@ -49,8 +61,8 @@ def reach(k: Array, v: Array, acc: DType) -> Array:
     """
     The norm of each key, or inf where its value is too large or too small, or NaN.
     """
-    norm = np.sqrt(np.einsum("ij,ij->i", k, k, dtype=acc))
-    size = np.einsum("ij,ij->i", v, v, dtype=acc)
+    norm = np.sqrt(np.vecdot(k, k, dtype=acc))
+    size = np.vecdot(v, v, dtype=acc)
     small = ~(size >= 4.0**SMALLEST)
     if small.any():
         # Nothing is lost of a value that is exactly zero.
@@ -83,7 +95,7 @@ class Rows:
         self.l = loops.work_space("totals", (*self.shape, 1), acc)
         self.m: Array | None = None
         self.began = False
-        self.norm = math.sqrt(np.einsum("tgnd,tgnd->tgn", self.q, self.q).max(initial=0.0))
+        self.norm = math.sqrt(np.vecdot(self.q, self.q).max(initial=0.0))
         self.limit = 0.0
 
     def choose(self, full: list[Array]) -> None:
@@ -97,14 +109,10 @@ class Rows:
         """
         Add keys ``(count, D, m)`` and values ``(count, m, Dv)``, but for those that are `far`.
         """
-        weights, rows = None, (0, self.shape[2])
-        if look is not None:
-            weights, rows = look.weights, look.rows
+        rows = (0, self.shape[2]) if look is None else look.rows
         if far is not None:
             k, v = np.where(far[:, None, :], 0, k), np.where(far[:, :, None], 0, v)
-            weights = weights * ~far[:, None, None, :]
-        p = self._weights(k, v, weights, look, rows, far)
-        self._add(p, v, rows)
+        self._add(self._weights(k, look, rows, far), v, rows)
 
     def _product(self, k: Array, rows: tuple[int, int]) -> Array:
         """Scores ``(count, G, n, m)``."""
@@ -115,27 +123,21 @@ class Rows:
         return np.matmul(q, k, out=s).reshape(t, g, n, -1)
 
     def _weights(
-        self,
-        k: Array,
-        v: Array,
-        weights: Array | None,
-        look: Look | None,
-        rows: tuple[int, int],
-        far: Array | None,
+        self, k: Array, look: Look | None, rows: tuple[int, int], far: Array | None
     ) -> Array:
+        """``exp(score - maximum)`` of a run of keys, 0 where hidden or `far`."""
         s = self._product(k, rows)
         if self.m is None:
-            p = np.exp2(s, out=s)
-            return p if weights is None else np.multiply(p, weights, out=p)
+            return _hidden(np.exp2(s, out=s), look, far)
         m = self.m[:, :, rows[0] : rows[1]]
         if np.isfinite(m).all():
-            p = _shifted(s, m, weights)
+            p = _shifted(s, m, look, far)
             if (loops.row_sums(p, xp=np) <= ENOUGH).all():
                 return p
             s = self._product(k, rows)
         seen = s
-        if weights is not None:
-            seen = np.where(weights != 0, s, -math.inf)
+        if look is not None:
+            seen = np.where(_hidden(np.ones_like(s), look, far) != 0, s, -math.inf)
         top = np.maximum(m, seen.max(axis=-1, keepdims=True))
         shift = np.where(top == -math.inf, 0, top)
         if self.began:
@@ -144,7 +146,7 @@ class Rows:
                 part = x[:, :, rows[0] : rows[1]]
                 np.multiply(part, decay, out=part)
         m[...] = top
-        return _shifted(s, shift, weights)
+        return _shifted(s, shift, look, far)
 
     def _add(self, p: Array, v: Array, rows: tuple[int, int]) -> None:
         t, g, n = self.shape
@@ -191,9 +193,69 @@ class Rows:
         return State(*(x[:, None].copy() for x in (m, self.l, self.o)))
 
 
-def _shifted(s: Array, shift: Array, weights: Array | None) -> Array:
-    """``exp2(s - shift)``, in place, 0 where the weights are."""
+def _shifted(s: Array, shift: Array, look: Look | None, far: Array | None) -> Array:
+    """``exp2(s - shift)``, in place, 0 where hidden or `far`."""
     np.subtract(s, shift, out=s)
-    if weights is None:
+    if look is None:
         return np.exp2(np.maximum(s, LOW, out=s), out=s)
-    return np.multiply(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), weights, out=s)
+    return _hidden(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), look, far)
+
+
+def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:
+    """`p`, in place, with 0 where hidden or `far`."""
+    if look is not None:
+        first, (h0, h1) = look.rows[0], look.partly
+        part = p[:, :, h0 - first : h1 - first]
+        np.multiply(part, look.weights, out=part)
+    if far is not None:
+        np.multiply(p, ~far[:, None, None, :], out=p)
+    return p
+
+
+#: Keys of one product, and scores side by side in a reduction, in `few`.
+FEW_KEYS, WIDE = 1024, 64
+
+
+def few(q: Array, k: Array, v: Array, scale: float) -> State:
+    """
+    The state of a few queries that see all of these keys, each of which is read once.
+
+    Parameters
+    ----------
+    q : array, shape (R, D)
+        Queries, in the accumulation dtype.
+    k, v : array, shapes (m, D) and (m, Dv)
+        Keys and values, in the accumulation dtype.
+    scale : float
+        The factor of the scores.
+
+    Returns
+    -------
+    State
+        Of shapes (R, 1), (R, 1) and (R, Dv).
+    """
+    r, m = len(q), len(k)
+    even = m - m % FEW_KEYS
+    q = q * np.asarray(scale * LOG2E, q.dtype)
+    s = loops.work_space("scores", (m, r), q.dtype)
+    # BLAS is fastest from keys that its caches hold.
+    if even:
+        parts = k[:even].reshape(-1, FEW_KEYS, k.shape[1])
+        np.matmul(parts, q.T, out=s[:even].reshape(-1, FEW_KEYS, r))
+    np.matmul(k[even:], q.T, out=s[even:])
+    # A row of s is short, so many are taken as one.
+    many = max(1, WIDE // r)
+    wide = s[: m - m % many].reshape(-1, many * r)
+    rest = s[m - m % many :]
+    tops = [x.reshape(-1, r) for x in (wide.max(axis=0, initial=-math.inf), rest)]
+    top = np.concatenate(tops).max(axis=0)
+    shift = np.where(top == -math.inf, 0, top)
+    np.subtract(wide, np.tile(shift, many), out=wide)
+    np.subtract(rest, shift, out=rest)
+    np.exp2(np.maximum(s, LOW, out=s), out=s)
+    total = np.matmul(s.T, loops.ones_column(m, s.dtype))
+    o = np.matmul(s[even:].T, v[even:])
+    if even:
+        p = s[:even].reshape(-1, FEW_KEYS, r).swapaxes(-1, -2)
+        o += np.matmul(p, v[:even].reshape(-1, FEW_KEYS, v.shape[1])).sum(axis=0)
+    return State((top * np.asarray(1 / LOG2E, s.dtype))[:, None], total, o)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from arrattn import patterns
 from arrattn._core import gather, loops, online_softmax
 from arrattn._core.fold import enter, finish, fold
+from arrattn._core.gather import Look
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
 from arrattn._core.plan import Plan, choose_tile, make_plan
@@ -33,8 +34,8 @@ BUDGET = 1 << 18
 SMALL = 1 << 14
 
 #: Rows up to which reading keys and values costs more than what is done with them, and how
-#: many keys are then read at once, and by one job.
-FEW, FEW_KEYS, FEW_KEYS_PER_JOB = 16, 1024, 1 << 14
+#: many keys a job then reads.
+FEW, FEW_KEYS = 16, 1 << 14
 
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
@@ -207,7 +208,8 @@ def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Iterator[Strip]:
         yield from _cut_band(call, rows)
         return
     plan = plan_tiles(call, tile)
-    pairs = min(BUDGET // g, plan.tile[0] * FEW_KEYS)
+    few = g * plan.tile[0] <= FEW
+    pairs = min(BUDGET // g, plan.tile[0] * FEW_KEYS) if few else BUDGET // g
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
         yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
@@ -264,16 +266,6 @@ def _cut_band(call: SoftmaxInputs, rows: int) -> Iterator[Strip]:
     yield from edge(first + alike * rows, nq)
 
 
-class Look(NamedTuple):
-    """
-    What hides pairs of a tile: `visible`, and as factors `weights` for the rows that see any.
-    """
-
-    rows: tuple[int, int]
-    visible: Array
-    weights: Array
-
-
 class Head:
     """
     One key head of one item: what its jobs share, and where they write.
@@ -288,7 +280,6 @@ class Head:
 
     def __init__(self, call: SoftmaxInputs, out: Array, lse: Array) -> None:
         self.call, self.out, self.lse = call, out, lse
-        self.looks: dict[tuple[int, int, int], Look] = {}
         self.lock = threading.Lock()
         self._reach: Array | None = None
         # Softcap and bias change scores after the product, and bounds on them with it.
@@ -310,10 +301,20 @@ class Head:
             self._gather(strip, q, out, lse)
             return
         state = self._empty(out.shape)
-        q = enter(self.call, q[:, None], scale=self.call.scale)
         for run in strip.runs:
-            state = self._fold(state, q, strip, run, None)
+            state = self._absorb(state, q, strip, run)
         _write(finish(self.call, state), out, lse)
+
+    def _absorb(self, state: State, q: Array, strip: Strip, run: Run) -> State:
+        """Absorb a run of keys of a strip that is of few rows, or not plain."""
+        call = self.call
+        _, g, n, d = q.shape
+        if not self.plain or run.hide or g * n > FEW:
+            return self._fold(state, enter(call, q[:, None], scale=call.scale), strip, run, None)
+        k, v = (enter(call, x[0, run.j0 : run.j1]) for x in (call.k, call.v))
+        rows = gather.few(enter(call, q.reshape(g * n, d)), k, v, call.scale)
+        part = State(*(x.reshape(1, 1, g, n, -1) for x in rows))
+        return online_softmax.merge(state, part, xp=np)
 
     def _empty(self, shape: tuple[int, ...]) -> State:
         zeros = np.zeros((shape[0], 1, *shape[1:]), self.call.acc)
@@ -378,32 +379,32 @@ class Head:
         return as_strided(kt, (strip.count, kt.shape[0], m), step), _overlapping(v, strip, m)
 
     def _look(self, strip: Strip, run: Run) -> Look:
-        call, at = self.call, self.call.offset
+        call, at, m = self.call, self.call.offset, run.j1 - run.j0
         pattern: Any = call.pattern
-        m = run.j1 - run.j0
-        key = (strip.i0 + at - run.j0, strip.rows, m)
-        if key in self.looks:
-            return self.looks[key]
-        pairs = TilePairs(strip.i0, strip.rows, run.j0, m, at, xp=np, device=None)
-        seen, rows = pattern.visible(pairs), (0, strip.rows)
         if pattern.relative:
-            rows = _seeing_rows(pattern, strip, run, at)
-            look = Look(rows, seen, seen[rows[0] : rows[1]].astype(call.acc))
-            self.looks[key] = look
-            return look
-        return Look(rows, seen, seen.astype(call.acc))
+            return _relative_look(pattern, strip.i0 + at - run.j0, strip.rows, m, call.acc)
+        pairs = TilePairs(strip.i0, strip.rows, run.j0, m, at, xp=np, device=None)
+        every = (0, strip.rows)
+        return Look(every, every, pattern.visible(pairs).astype(call.acc))
 
 
-def _seeing_rows(pattern: Pattern, strip: Strip, run: Run, at: int) -> tuple[int, int]:
-    """A range of a tile's rows outside which none sees a key of the run."""
-    i0 = strip.i0 + np.arange(0, strip.rows, GRAIN)[:, None]
-    i1 = np.minimum(i0 + GRAIN, strip.i0 + strip.rows)
-    j0, j1 = np.array([[run.j0]]), np.array([[run.j1]])
-    some, _ = pattern.rectangles(Rectangles(i0, i1, i0 + at, i1 + at, j0, j1))
-    at_all = np.flatnonzero(np.broadcast_to(some, i0.shape))
-    if not len(at_all):
-        return 0, 0
-    return int(at_all[0]) * GRAIN, min((int(at_all[-1]) + 1) * GRAIN, strip.rows)
+# Calls of one shape need the same few, again and again.
+@lru_cache(maxsize=32)
+def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
+    """The look of queries at positions ``[at, at + n)`` at keys ``[0, m)``."""
+    i0 = np.arange(0, n, GRAIN)[:, None]
+    i1 = np.minimum(i0 + GRAIN, n)
+    j0, j1 = np.array([[0]]), np.array([[m]])
+    some, every = pattern.rectangles(Rectangles(i0, i1, i0 + at, i1 + at, j0, j1))
+    some, every = np.broadcast_to(some, i0.shape), np.broadcast_to(every, i0.shape)
+
+    def rows(which: Array) -> tuple[int, int]:
+        found = np.flatnonzero(which).tolist()
+        return (found[0] * GRAIN, min((found[-1] + 1) * GRAIN, n)) if found else (0, 0)
+
+    partly = rows(some & ~every)
+    pairs = TilePairs(partly[0], partly[1] - partly[0], 0, m, at, xp=np, device=None)
+    return Look(rows(some), partly, pattern.visible(pairs).astype(acc))
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:

@@ -324,7 +324,7 @@ def hide(s: Array, visible: Array, *, xp: Namespace) -> Array:
 
 def exp_shifted(s: Array, shift: Array, *, xp: Namespace) -> Array:
     """``exp(s - shift)``."""
-    if compat.is_numpy_namespace(xp) and s.flags.writeable:
+    if compat.is_numpy_namespace(xp) and s.flags.writeable and s.shape[:-1] == shift.shape[:-1]:
         return np.exp(np.subtract(s, shift, out=s), out=s)
     return xp.exp(s - shift)
 

@@ -1,1 +1,6 @@
-"""What ``arrattn compare`` runs: a real model, four families, one table."""
+"""
+What two commands run.
+
+``arrattn compare``: a real model, four families, one table.
+``arrattn bench``: ours and other libraries in turn, and how their times compare.
+"""

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from arrattn.bench import findings
 from arrattn.bench.display import Display, open_display
 from arrattn.bench.families import Family, choose_families
+from arrattn.bench.files import CannotRun, require_plot, write_file
 from arrattn.bench.inputs import Inputs, read_inputs
 from arrattn.bench.libraries import open_library
 from arrattn.bench.measure import Cell, measure
-from arrattn.bench.settings import (
-    INSTALL,
-    CannotRun,
-    Settings,
-    add_arguments,
-    read_settings,
-)
+from arrattn.bench.settings import Settings, add_arguments, read_settings
 
 __all__ = ["add_arguments", "run"]
 
@@ -45,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         settings = read_settings(args)
         if settings.plot is not None:
-            _require_plot(settings.plot)
+            require_plot(settings.plot)
         return _compare(settings)
     except CannotRun as error:
         print(f"arrattn compare: {error}", file=sys.stderr)
@@ -100,25 +94,17 @@ def _report(
         from arrattn.bench.record import make_record, write_record
 
         record = make_record(settings, inputs, families, cells, interrupted=interrupted)
-        written &= _write("--json", settings.json, lambda path: write_record(path, record))
+        written &= write_file(
+            "compare --json", settings.json, lambda path: write_record(path, record)
+        )
     if settings.plot is not None:
         from arrattn.bench.plot import draw
 
         title = f"{_title(settings)}: {inputs.source}"
-        written &= _write("--plot", settings.plot, lambda path: draw(path, cells, title))
+        written &= write_file(
+            "compare --plot", settings.plot, lambda path: draw(path, cells, title)
+        )
     return written
-
-
-def _write(option: str, path: Path, write: Callable[[Path], None]) -> bool:
-    """Write one file; a failure is told, so that the other file is still written."""
-    try:
-        write(path)
-    except (OSError, RuntimeError) as error:  # matplotlib's, where a kind of file needs LaTeX
-        why = getattr(error, "strerror", None) or error
-        print(f"arrattn compare: {option} {path}: it was not written ({why})", file=sys.stderr)
-        return False
-    print(f"Wrote {path}")
-    return True
 
 
 def _title(settings: Settings) -> str:
@@ -126,19 +112,3 @@ def _title(settings: Settings) -> str:
     kind = "causal" if settings.causal else "bidirectional"
     where = "" if settings.device is None else f" on {settings.device}"
     return f"arrattn compare: {settings.array}{where}, {settings.dtype}, {kind}"
-
-
-def _require_plot(path: Path) -> None:
-    """Find out before the measuring that the picture could not be drawn after it."""
-    from arrattn.bench.plot import file_types, require_matplotlib
-
-    try:
-        require_matplotlib()
-    except ImportError as error:
-        msg = f"--plot needs the package {error.name}; {INSTALL}, or leave out --plot"
-        raise CannotRun(msg) from error
-    ending, kinds = path.suffix.strip(".").lower(), file_types()
-    if ending not in kinds:
-        what = f"no picture can be written as .{ending}" if ending else "the name has no ending"
-        msg = f"--plot {path}: {what}; expected one of {', '.join(f'.{kind}' for kind in kinds)}"
-        raise CannotRun(msg)

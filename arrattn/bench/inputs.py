@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn.bench.settings import CannotRun, Settings
+from arrattn.bench.files import CannotRun
+from arrattn.bench.settings import Settings
 
 __all__ = ["Inputs", "Progress", "read_inputs"]
 

@@ -18,8 +18,8 @@ import numpy as np
 from arrattn import backends
 from arrattn._core.typing import Array, Namespace
 from arrattn.bench import memory
+from arrattn.bench.files import CannotRun
 from arrattn.bench.memory import Peak
-from arrattn.bench.settings import CannotRun
 
 __all__ = ["Driver", "open_library"]
 

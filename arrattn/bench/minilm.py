@@ -27,7 +27,8 @@ from array_api_compat import array_namespace
 from arrattn import attention
 from arrattn._core.typing import Array, Namespace
 from arrattn.bench.erf import gelu
-from arrattn.bench.settings import INSTALL_DEMO, CannotRun
+from arrattn.bench.files import CannotRun
+from arrattn.bench.settings import INSTALL_DEMO
 
 __all__ = ["MiniLM", "capture", "embed", "encode", "load_model"]
 

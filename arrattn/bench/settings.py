@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from arrattn.backends import DTYPES, FAMILIES, LIBRARIES
+from arrattn.bench.files import INSTALL, require_files
 
-__all__ = ["INSTALL", "INSTALL_DEMO", "CannotRun", "Settings", "add_arguments", "read_settings"]
+__all__ = [
+    "INSTALL_DEMO",
+    "Settings",
+    "add_arguments",
+    "read_lengths",
+    "read_positive",
+    "read_settings",
+]
 
-INSTALL = (
-    'install it with\n    pip install "arrattn[demo]"\n(in a checkout: pip install -e ".[demo]")'
-)
 INSTALL_DEMO = (
     f"{INSTALL}, or compare on random numbers, which need no model:\n    arrattn compare --random"
 )
 LENGTHS = (1024, 2048, 4096, 8192)
 FEATURE_MAPS = ("elu_plus_one", "relu", "softmax")
-
-
-class CannotRun(Exception):  # noqa: N818 (it is told to a person, not traced)
-    """Why the comparison cannot run, in words for the one who asked for it."""
 
 
 class Settings(NamedTuple):
@@ -99,20 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         The command's parser.
     """
     add = parser.add_argument
-    add("--lengths", type=_lengths, metavar="N,N,...", help="lengths (1024,2048,4096,8192)")
+    add("--lengths", type=read_lengths, metavar="N,N,...", help="lengths (1024,2048,4096,8192)")
     add("--families", type=_families, default=FAMILIES, metavar="NAME,...", help="(all four)")
     names = [library.name for library in LIBRARIES]
     add("--array", choices=names, default="numpy", help="the array library (numpy)")
     add("--device", help="the library's name of a device, such as cuda (its default)")
     add("--dtype", choices=DTYPES, default="float32", help="of q, k and v (float32)")
     add("--causal", action="store_true", help="no query sees a later key")
-    add("--heads", type=_positive, help="query heads used (4; all with --qkv)")
+    add("--heads", type=read_positive, help="query heads used (4; all with --qkv)")
     add("--layer", type=_count, default=3, help="layer of the model, from 0 (3, of 0 to 5)")
-    add("--repeat", type=_positive, default=5, help="timed runs of each cell (5)")
+    add("--repeat", type=read_positive, default=5, help="timed runs of each cell (5)")
     add("--window", type=_window, metavar="L,R", help="of local (128,128; causal 256,0)")
     add("--top-k", type=_count, help="keys beside its own block, of sparse (square root of N)")
     add("--feature-map", choices=FEATURE_MAPS, default="relu", help="of linear (relu)")
-    add("--num-features", type=_positive, default=256, help="of the softmax feature map (256)")
+    add("--num-features", type=read_positive, default=256, help="of the softmax feature map (256)")
     add("--seed", type=_count, default=0, help="of random inputs and features (0)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--qkv", type=Path, metavar="FILE.npz", help="your own arrays q, k, v")
@@ -140,12 +140,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     CannotRun
         If options contradict each other or a file could not be written.
     """
-    for option, path in (("--plot", args.plot), ("--json", args.json)):
-        if path is not None:
-            _require_writable(option, path)
-    if args.plot is not None and args.json is not None and _same(args.plot, args.json):
-        msg = f"--plot {args.plot}: --json would be written to the same file"
-        raise CannotRun(msg)
+    require_files(plot=args.plot, json=args.json)
     window = args.window or ((256, 0) if args.causal else (128, 128))
     return Settings(
         lengths=args.lengths or LENGTHS,
@@ -169,32 +164,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _require_writable(option: str, path: Path) -> None:
-    """Find out before the measuring, writing nothing, that a file could not be written."""
-    parent = path.absolute().parent
-    try:
-        if path.is_dir():
-            msg = f"{option} {path}: this is a folder, expected the name of a file"
-            raise CannotRun(msg)
-        if not parent.is_dir():
-            msg = f"{option} {path}: there is no folder {path.parent}"
-            raise CannotRun(msg)
-        if not path.exists() and not os.access(parent, os.W_OK | os.X_OK):
-            msg = f"{option} {path}: no file can be made in the folder {path.parent}"
-            raise CannotRun(msg)
-        if path.exists() and not os.access(path, os.W_OK):
-            msg = f"{option} {path}: this file cannot be written"
-            raise CannotRun(msg)
-    except OSError as error:  # such as a name that is too long
-        msg = f"{option} {path}: it cannot be written ({error.strerror})"
-        raise CannotRun(msg) from error
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
-def _positive(text: str) -> int:
+def read_positive(text: str) -> int:
+    """Read an option's whole number of at least 1."""
     number = _whole(text)
     if number < 1:
         msg = f"expected a whole number of at least 1, got {text!r}"
@@ -218,8 +189,9 @@ def _whole(text: str) -> int:
         raise argparse.ArgumentTypeError(msg) from None
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(part) for part in text.split(",")}))
+def read_lengths(text: str) -> tuple[int, ...]:
+    """Read an option's lengths, growing."""
+    return tuple(sorted({read_positive(part) for part in text.split(",")}))
 
 
 def _families(text: str) -> tuple[str, ...]:

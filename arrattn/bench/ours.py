@@ -1,0 +1,110 @@
+"""arrattn's side of each pair, and its comparisons with itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import arrattn
+from arrattn import feature_maps
+from arrattn.bench.contestant import Build, Contestant
+from arrattn.bench.problem import Host, Problem
+
+__all__ = [
+    "compiling",
+    "decode",
+    "dense",
+    "favor",
+    "in_float32",
+    "jitted",
+    "linear",
+    "local",
+    "sparse",
+    "torch_tensors",
+]
+
+Arrays = tuple[Host, Host, Host]
+
+
+def dense(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on NumPy."""
+    call = partial(arrattn.attention, *arrays, is_causal=problem.causal)
+    return Contestant("arrattn dense", call)
+
+
+def decode(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on NumPy of few queries over a long cache."""
+    return dense(problem, arrays)._replace(name="arrattn decode")
+
+
+def local(problem: Problem, arrays: Arrays) -> Contestant:
+    """``local_attention`` on NumPy."""
+    window = problem.window or (problem.n, problem.n)
+    call = partial(arrattn.local_attention, *arrays, window=window, is_causal=problem.causal)
+    return Contestant("arrattn local", call)
+
+
+def sparse(**options: Any) -> Build:
+    """``sparse_attention`` on NumPy with these options."""
+
+    def build(problem: Problem, arrays: Arrays) -> Contestant:
+        call = partial(arrattn.sparse_attention, *arrays, is_causal=problem.causal, **options)
+        return Contestant("arrattn sparse", call)
+
+    return build
+
+
+def linear(problem: Problem, arrays: Arrays) -> Contestant:
+    """``linear_attention`` on NumPy with the feature map ``elu + 1``."""
+    call = partial(arrattn.linear_attention, *arrays, is_causal=problem.causal)
+    return Contestant("arrattn linear", call)
+
+
+def favor(problem: Problem, arrays: Arrays) -> Contestant:
+    """``linear_attention`` on NumPy with 64 positive random features."""
+    features = feature_maps.softmax(dim=problem.width, num_features=64, rng=0)
+    call = partial(
+        arrattn.linear_attention, *arrays, feature_map=features, is_causal=problem.causal
+    )
+    return Contestant("arrattn linear", call)
+
+
+def in_float32(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on the same numbers in float32, to hold smaller dtypes against."""
+    wide = tuple(x.astype(np.float32) for x in arrays)
+    call = partial(arrattn.attention, *wide, is_causal=problem.causal)
+    return Contestant("arrattn float32", call)
+
+
+def torch_tensors(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on torch tensors."""
+    import torch
+
+    tensors = [torch.from_numpy(x) for x in arrays]
+    call = partial(arrattn.attention, *tensors, is_causal=problem.causal)
+    return Contestant("arrattn on torch", call)
+
+
+def jitted(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on JAX arrays, compiled."""
+    import jax
+
+    inputs = [jax.numpy.asarray(x) for x in arrays]
+    function = jax.jit(partial(arrattn.attention, is_causal=problem.causal))
+    return Contestant("arrattn under jit", lambda: function(*inputs).block_until_ready())
+
+
+def compiling(problem: Problem, arrays: Arrays) -> Contestant:
+    """Tracing and compiling ``attention`` anew."""
+    import jax
+
+    inputs = [jax.numpy.asarray(x) for x in arrays]
+
+    def call() -> Any:
+        jax.clear_caches()  # what an earlier call traced would be found again
+        function = jax.jit(partial(arrattn.attention, is_causal=problem.causal))
+        return function.lower(*inputs).compile()
+
+    return Contestant("arrattn under jit", call)
