@@ -8,6 +8,7 @@ array goes in, the same kind comes out. Four families: dense, local, sparse and 
 from arrattn import feature_maps, patterns, reference
 from arrattn._state import LinearState
 from arrattn.dense import attention
+from arrattn.explain import explain
 from arrattn.linear import linear_attention
 from arrattn.local import local_attention
 from arrattn.merge import merge
@@ -18,6 +19,7 @@ __all__ = [
     "LinearState",
     "__version__",
     "attention",
+    "explain",
     "feature_maps",
     "get_num_threads",
     "linear_attention",

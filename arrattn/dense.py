@@ -28,6 +28,7 @@ def attention(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
+    engine: str = "auto",
 ) -> Array | tuple[Array, Array]:
     r"""
     Softmax attention [1]_, exact, in memory that does not grow with Nq * Nk.
@@ -78,6 +79,11 @@ def attention(
         One logit for each query head that takes part in the denominator alone.
     return_lse : bool, default: False
         Also return the log-sum-exp of each row's scores.
+    engine : {'auto', 'tiles', 'native'}, default: 'auto'
+        What computes: our tiles, on every library; the library's own fused kernel, refused
+        with every reason where it cannot do what this page says; or that kernel where it can
+        and is expected to be no slower. `explain` says which, and why. It changes rounding,
+        never meaning.
 
     Returns
     -------
@@ -93,7 +99,8 @@ def attention(
     TypeError
         If inputs mix array libraries or devices, or have the wrong kind or dtype.
     ValueError
-        If shapes disagree or a number is out of range.
+        If shapes disagree or a number is out of range, or where ``engine='native'`` cannot
+        do this call.
 
     See Also
     --------
@@ -101,6 +108,7 @@ def attention(
     sparse_attention : The query's own block and the best keys elsewhere.
     linear_attention : Kernel feature maps in place of the exponential.
     merge : Combine results over parts of the keys.
+    explain : Which path a call takes, and why.
     arrattn.reference.softmax_attention : The defining equation, untiled.
 
     Notes
@@ -110,6 +118,10 @@ def attention(
     visible are not computed. Time O(Nq Nk (D + Dv)) over the visible tiles; working
     memory beyond inputs and output is one tile for each worker on NumPy; other libraries
     also copy inputs or output, O(N), while they work.
+
+    The one fused kernel in use is that of ``torch.nn.functional.scaled_dot_product_attention``
+    on a CPU. It has no second derivative: for ``create_graph=True`` with torch give
+    ``engine='tiles'``. Its gradients take memory O(N), those of the tiles O(N^2).
 
     References
     ----------
@@ -146,6 +158,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         return_lse=return_lse,
+        engine=engine,
     )
     out, lse = call.ungroup(*attend(call))
     return (out, lse) if return_lse else out

@@ -116,9 +116,7 @@ def linear_attention(
     >>> linear_attention(x[3:], x[3:], v[3:], is_causal=True, initial_state=state)[:, 0]
     array([4.])
     """
-    function = "linear_attention"
-    x = inputs.read_linear(
-        function,
+    x, how, operands = read_call(
         q,
         k,
         v,
@@ -132,24 +130,32 @@ def linear_attention(
         initial_state=initial_state,
         return_state=return_state,
     )
-    phi = read_map(feature_map)
+    out, S, z = recurrence.attend(how, operands)
+    out = x.ungroup(out)
+    if not return_state:
+        return out
+    return out, LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+
+
+def read_call(
+    q: Array, k: Array, v: Array, **options: Any
+) -> tuple[inputs.LinearInputs, recurrence.How, recurrence.Operands]:
+    """Check the arguments, and lay out what the recurrence does with them."""
+    function = "linear_attention"
+    x = inputs.read_linear(function, q, k, v, **options)
+    phi = read_map(options["feature_map"])
     how = recurrence.How(
         xp=x.xp,
         feature_map=phi,
-        is_causal=bool(is_causal),
-        normalize=bool(normalize),
+        is_causal=bool(options["is_causal"]),
+        normalize=bool(options["normalize"]),
         scale=x.scale,
         batch=x.batch,
         acc=x.acc,
         same_ids=x.q_ids is not None and x.q_ids is x.k_ids,
         chunk=recurrence.CHUNK,
     )
-    operands = _operands(x, phi, function, padded=key_mask is not None)
-    out, S, z = recurrence.attend(how, operands)
-    out = x.ungroup(out)
-    if not return_state:
-        return out
-    return out, LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+    return x, how, _operands(x, phi, function, padded=options["key_mask"] is not None)
 
 
 def _operands(

@@ -577,6 +577,9 @@ class Masked(Pattern):
     trailing: ClassVar[int] = 4
     mask: Array
 
+    def __repr__(self) -> str:
+        return f"Masked({_brief(self.mask)})"
+
     def visible(self, pairs: Pairs) -> Array:
         return pairs.of_pairs(self.mask)
 
@@ -587,6 +590,9 @@ class Unforbidden(Pattern):
 
     trailing: ClassVar[int] = 4
     bias: Array
+
+    def __repr__(self) -> str:
+        return f"Unforbidden({_brief(self.bias)})"
 
     def visible(self, pairs: Pairs) -> Array:
         return pairs.of_pairs(self.bias) != -float("inf")

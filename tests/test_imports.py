@@ -17,7 +17,7 @@ FAMILIES = [ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear
 CORE = sorted((ROOT / "_core").glob("*.py"))
 
 #: Files whose purpose is to hold what differs between libraries.
-NAMED_FOR_IT = {"loops.py", "staging.py"}
+NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
 
 #: Who may import whom: only from a level below, or from beside on the same level.
 LEVELS = [
@@ -26,10 +26,14 @@ LEVELS = [
     {"_core.tiles"},
     {"patterns", "feature_maps", "_core.online_softmax"},
     {"_core.inputs", "_core.plan", "_core.staging"},
+    {"_core.sight"},
+    {"_core.native"},
     {"_core.fold", "_core.gather"},
     {"_core.jobs"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
+    {"_core.ways"},
     {"dense", "local", "sparse", "linear", "merge"},
+    {"explain"},
     {"", "reference"},
 ]
 

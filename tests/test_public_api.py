@@ -16,7 +16,7 @@ SCORES = (
     "pattern=None, q_offset=None, scale=None, softcap=None, sinks=None, return_lse=False"
 )
 SIGNATURES = {
-    "attention": f"(q, k, v, /, *, {SCORES})",
+    "attention": f"(q, k, v, /, *, {SCORES}, engine='auto')",
     "local_attention": "(q, k, v, /, *, window, " + SCORES.replace("window=None, ", "") + ")",
     "sparse_attention": (
         "(q, k, v, /, *, block_size=None, top_k=None, route=8, select='keys', per='query', "
@@ -28,6 +28,7 @@ SIGNATURES = {
         "return_state=False)"
     ),
     "merge": "(parts, /)",
+    "explain": "(function, /, *args, **kwargs)",
 }
 
 EXPORTS = {
@@ -42,6 +43,7 @@ EXPORTS = {
         "sparse_attention",
     ],
     "dense": ["attention"],
+    "explain": ["Explanation", "explain"],
     "local": ["local_attention"],
     "sparse": ["sparse_attention"],
     "linear": ["linear_attention"],
@@ -54,6 +56,7 @@ def test_the_package_exports_this_and_nothing_else() -> None:
         "LinearState",
         "__version__",
         "attention",
+        "explain",
         "feature_maps",
         "linear_attention",
         "local_attention",

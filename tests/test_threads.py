@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -120,9 +121,8 @@ def test_the_number_of_threads_is_set_and_restored(monkeypatch: pytest.MonkeyPat
             assert get_num_threads() == 5
         assert get_num_threads() == 3
     assert get_num_threads() == 5
-    with pytest.raises(RuntimeError, match="within"), set_num_threads(2):
-        msg = "within"
-        raise RuntimeError(msg)
+    with contextlib.suppress(ZeroDivisionError), set_num_threads(2):
+        _ = 1 / (get_num_threads() - 2)
     assert get_num_threads() == 5
     set_num_threads(4)
     try:

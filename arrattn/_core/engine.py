@@ -15,28 +15,35 @@ from typing import Any
 import numpy as np
 
 from arrattn import patterns
-from arrattn._core import jobs, loops, staging
+from arrattn._core import jobs, loops, native, staging
 from arrattn._core.fold import all_finite, enter, finish, fold, start
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import FULL, PARTIAL, choose_tile, make_plan
+from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
 from arrattn._core.tiles import TilePairs, stack_tiles, unstack_rows
 from arrattn._core.typing import Array
+from arrattn.patterns import Pattern
 
 #: Scores held at once, as a count of numbers.
 BUDGET = 1 << 22
 
 
-def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple[Array, Array]:
+def attend(
+    call: SoftmaxInputs, *, tile: tuple[int, int] | None = None
+) -> tuple[Array, Array | None]:
     """
     Softmax attention over all that the call's pattern makes visible.
 
     Returns the output ``(..., Hkv, G, Nq, Dv)`` and the log-sum-exp ``(..., Hkv, G, Nq)``, in
-    the accumulation dtype. `tile` overrides the choice of tile; it never changes the meaning.
+    the accumulation dtype; from a fused kernel, the output alone and in the dtype of `q`.
+    `tile` overrides the choice of tile, and of a kernel; it never changes the meaning.
     """
+    fused = None if tile else native.choose(call).run
     kind = loops.schedule(call.xp)
     if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
         return finish(call, start(call, call.q, call.k, call.v))
+    if fused is not None:
+        return fused(), None
     with np.errstate(invalid="ignore", over="ignore"):
         return SCHEDULES[kind](call, tile)
 
@@ -44,12 +51,15 @@ def attend(call: SoftmaxInputs, *, tile: tuple[int, int] | None = None) -> tuple
 # -- torch, CuPy and others: batched tiles ----------------------------------------------------
 
 
+def plan_batched(call: SoftmaxInputs, tile: tuple[int, int] | None = None) -> Plan:
+    """One plan for all items and heads."""
+    (nq, nk), lanes = call.lengths, _lanes(call)
+    shape = tile or choose_tile(call.pattern, nq, nk, call.offset, lanes=lanes, budget=BUDGET)
+    return make_plan(call.pattern, nq, nk, call.offset, shape).merged()
+
+
 def _attend_batched(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
-    xp, (nq, nk), lanes = call.xp, call.lengths, _lanes(call)
-    shape = tile or choose_tile(
-        call.pattern, nq, nk, call.offset, lanes=lanes, budget=BUDGET
-    )
-    plan = make_plan(call.pattern, nq, nk, call.offset, shape).merged()
+    xp, lanes, plan = call.xp, _lanes(call), plan_batched(call, tile)
     finite = all_finite(call) if (plan.kinds == PARTIAL).any() else True
     outs, lses = [], []
     for t in range(plan.kinds.shape[-2]):
@@ -87,21 +97,28 @@ def _lanes(call: SoftmaxInputs) -> int:
 # -- JAX: a traced scan -----------------------------------------------------------------------
 
 
-def _attend_scan(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
-    nq, nk = call.lengths
-    bq, bk = tile or choose_tile(
-        call.pattern, nq, nk, call.offset, lanes=_lanes(call), budget=BUDGET
-    )
+def plan_scan(
+    call: SoftmaxInputs, tile: tuple[int, int] | None = None
+) -> tuple[Pattern | None, Plan]:
+    """
+    One plan for all items and heads, of tiles that are all whole, and the pattern it is of.
+    """
+    (nq, nk), lanes = call.lengths, _lanes(call)
+    bq, bk = tile or choose_tile(call.pattern, nq, nk, call.offset, lanes=lanes, budget=BUDGET)
     bq, bk = min(bq, nq), min(bk, nk)
     # Short last tiles are padded, and the padding hidden as any other key is.
-    if nk % bk:
-        call = call._replace(pattern=patterns.both(call.pattern, patterns.Prefix(nk)))
-    plan = make_plan(call.pattern, nq, -(-nk // bk) * bk, call.offset, (bq, bk)).merged()
+    pattern = patterns.both(call.pattern, patterns.Prefix(nk)) if nk % bk else call.pattern
+    return pattern, make_plan(pattern, nq, -(-nk // bk) * bk, call.offset, (bq, bk)).merged()
+
+
+def _attend_scan(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
+    pattern, plan = plan_scan(call, tile)
+    call = call._replace(pattern=pattern)
     if plan.kinds.size == 1:
         out, lse = staging.traced(_one_tile, call, bool(plan.kinds.flat[0] != FULL))
         return out, lse
     tables = tuple(call.xp.asarray(x) for x in plan.visits())
-    out, lse = staging.traced(_scan_tiles, call, (bq, bk), tables)
+    out, lse = staging.traced(_scan_tiles, call, plan.tile, tables)
     return out, lse
 
 
@@ -156,7 +173,7 @@ def _scan_row(
 
 
 def _attend_blocks(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
-    return staging.blockwise(partial(attend, tile=tile), call)
+    return staging.blockwise(partial(attend, tile=tile), call._replace(engine="tiles"))
 
 
 SCHEDULES = {

@@ -15,7 +15,9 @@ from arrattn._core.tiles import Pairs, group_matmul
 from arrattn._core.typing import Array
 
 
-def adjust(call: SoftmaxInputs, s: Array, pairs: Pairs | None, *, scale: float | None = None) -> Array:
+def adjust(
+    call: SoftmaxInputs, s: Array, pairs: Pairs | None, *, scale: float | None = None
+) -> Array:
     """Softcap and bias, on scores that hold the scale already unless it is given."""
     if scale is not None:
         s = s * scale

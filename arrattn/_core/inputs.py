@@ -8,6 +8,7 @@ All reasons that hold are raised together, with the shapes of q, k and v.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,6 +26,7 @@ from arrattn.feature_maps import read_map
 from arrattn.patterns import Pattern
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+ENGINES = ("auto", "tiles", "native")
 
 
 class SoftmaxInputs(NamedTuple):
@@ -48,6 +50,8 @@ class SoftmaxInputs(NamedTuple):
     batch: tuple[int, ...]
     acc: DType
     no_head: bool
+    engine: str = "tiles"
+    return_lse: bool = True
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -59,12 +63,13 @@ class SoftmaxInputs(NamedTuple):
         """Key heads, and query heads for each of them."""
         return self.q.shape[-4], self.q.shape[-3]
 
-    def ungroup(self, out: Array, lse: Array) -> tuple[Array, Array]:
+    def ungroup(self, out: Array, lse: Array | None) -> tuple[Array, Array | None]:
         """``(..., Hkv, G, Nq, Dv)`` and ``(..., Hkv, G, Nq)`` in the caller's shapes."""
         xp, (nq, _) = self.xp, self.lengths
         heads = () if self.no_head else (math.prod(self.heads),)
         out = xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
-        return xp.astype(out, self.q.dtype, copy=False), xp.reshape(lse, (*self.batch, *heads, nq))
+        lse = None if lse is None else xp.reshape(lse, (*self.batch, *heads, nq))
+        return xp.astype(out, self.q.dtype, copy=False), lse
 
 
 class LinearInputs(NamedTuple):
@@ -185,8 +190,8 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
         if other is not xp:
             reasons.add(
                 TypeError,
-                f"{name}: expected an array of the same library as q ({_library(xp)}), "
-                f"got one of {_library(other)}; convert it first, nothing is converted silently",
+                f"{name}: expected an array of the same library as q ({library_name(xp)}), got "
+                f"one of {library_name(other)}; convert it first, nothing is converted silently",
             )
     reasons.check()
     device = loops.device_of(named["q"])
@@ -201,7 +206,8 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
     return xp, device
 
 
-def _library(xp: Namespace) -> str:
+def library_name(xp: Namespace) -> str:
+    """The library's name, as an error message has it."""
     return str(xp.__name__).removeprefix("array_api_compat.")
 
 
@@ -274,6 +280,17 @@ def read_flag(name: str, x: object, reasons: Reasons) -> bool:
     if not isinstance(x, bool | np.bool_):
         reasons.add(TypeError, f"{name}: expected True or False, got {describe(x)}")
     return bool(x) if not is_array(x) else False
+
+
+def read_word(name: str, x: object, known: tuple[str, ...], reasons: Reasons) -> str:
+    """One of a few words."""
+    if isinstance(x, str) and x in known:
+        return x
+    expected = ", ".join(map(repr, known))
+    near = difflib.get_close_matches(x, known, 1) if isinstance(x, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    reasons.add(ValueError, f"{name}: expected one of {expected}, got {x!r}{hint}")
+    return known[0]
 
 
 def read_count(name: str, x: object, reasons: Reasons, *, low: int) -> int:
@@ -467,6 +484,7 @@ def read_softmax(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
+    engine: str = "tiles",
     also: Callable[[Reasons, int], None] | None = None,
 ) -> SoftmaxInputs:
     """
@@ -497,7 +515,8 @@ def read_softmax(
     elif pattern is not None:
         reasons.values([f"pattern: {text}" for text in pattern.problems(nq, nk, batch)])
     causal = read_flag("is_causal", is_causal, reasons)
-    read_flag("return_lse", return_lse, reasons)
+    lse_too = read_flag("return_lse", return_lse, reasons)
+    engine = read_word("engine", engine, ENGINES, reasons)
     if scale is not None:
         scale = read_number("scale", scale, reasons, positive=False)
     if softcap is not None:
@@ -532,6 +551,8 @@ def read_softmax(
         batch=batch,
         acc=acc,
         no_head=no_head,
+        engine=engine,
+        return_lse=lse_too,
     )
 
 
@@ -718,8 +739,8 @@ def read_parts(parts: Any) -> Namespace:
         for name, x, first in (("out", out, out0), ("lse", lse, lse0)):
             what = f"parts[{n}].{name}"
             if compat.array_namespace(x) is not xp:
-                other = _library(compat.array_namespace(x))
-                reasons.add(TypeError, f"{what}: expected {_library(xp)}, got {other}")
+                other = library_name(compat.array_namespace(x))
+                reasons.add(TypeError, f"{what}: expected {library_name(xp)}, got {other}")
             elif loops.device_of(x) != loops.device_of(out0):
                 reasons.add(TypeError, f"{what}: expected the device of parts[0].out")
             elif x.dtype != first.dtype or dtype_name(x.dtype) not in FLOATS:

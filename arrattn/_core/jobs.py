@@ -22,7 +22,7 @@ from arrattn._core.fold import enter, finish, fold
 from arrattn._core.gather import Look
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import choose_tile, make_plan
+from arrattn._core.plan import Plan, choose_tile, make_plan
 from arrattn._core.tiles import TilePairs, pick_item
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern, Rectangles
@@ -54,20 +54,28 @@ class Run(NamedTuple):
 
 class Strip(NamedTuple):
     """
-    What one job does: `count` tiles of `rows` queries from `i0` on, and their runs of keys.
+    What one job does: so many `tiles` of `rows` queries from `i0` on, and their runs of keys.
 
     The keys of tile ``c`` are those of `runs`, ``c * rows`` further on.
     """
 
     i0: int
     rows: int
-    count: int
+    tiles: int
     runs: tuple[Run, ...]
 
     @property
     def cost(self) -> int:
         """Pairs that are looked at."""
-        return self.count * self.rows * sum(run.j1 - run.j0 for run in self.runs)
+        return self.tiles * self.rows * sum(run.j1 - run.j0 for run in self.runs)
+
+
+class Cut(NamedTuple):
+    """How one item is cut: into bands of so many rows, or into the tiles of a plan."""
+
+    strips: tuple[Strip, ...]
+    band_rows: int | None
+    plan: Plan | None
 
 
 def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
@@ -79,20 +87,28 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         loops.run_jobs(list(_small_jobs(call, out, lse)), small=call.q.size * nk <= loops.SMALL)
         return out, lse
     jobs: list[tuple[int, Any]] = []
-    strips: tuple[Strip, ...] = ()
-    for b in np.ndindex(*call.batch):
-        item = _without_padding(batch_item(call, b))
-        # One plan serves all items, unless they differ.
-        if not strips or call.pattern is not item.pattern or not isinstance(call.offset, int):
-            strips = cut(item, tile)
+    for b, item, plan in items(call, tile):
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
-            jobs += [(strip.cost, partial(head.run, strip)) for strip in strips]
+            jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
     # The largest first: whoever is done early then finds small ones.
     jobs.sort(key=lambda job: -job[0])
     width = max(call.q.shape[-1], call.v.shape[-1])
     loops.run_jobs([job for _, job in jobs], small=g * nq * nk * width <= loops.SMALL)
     return out, lse
+
+
+def items(
+    call: SoftmaxInputs, tile: tuple[int, int] | None = None
+) -> Iterator[tuple[tuple[int, ...], SoftmaxInputs, Cut]]:
+    """Each item of the batch, where it is, and how it is cut."""
+    plan: Cut | None = None
+    for b in np.ndindex(*call.batch):
+        item = _without_padding(batch_item(call, b))
+        # One plan serves all items, unless they differ.
+        if plan is None or call.pattern is not item.pattern or not isinstance(call.offset, int):
+            plan = cut(item, tile)
+        yield b, item, plan
 
 
 def _without_padding(item: SoftmaxInputs) -> SoftmaxInputs:
@@ -127,7 +143,9 @@ def _small_jobs(call: SoftmaxInputs, out: Array, lse: Array) -> Iterator[Any]:
         for start in range(0, call.batch[-1], step):
             at = (*b, slice(start, start + step))
             part = call._replace(
-                q=_cut_batch(call.q, at, 4), k=_cut_batch(call.k, at, 3), v=_cut_batch(call.v, at, 3)
+                q=_cut_batch(call.q, at, 4),
+                k=_cut_batch(call.k, at, 3),
+                v=_cut_batch(call.v, at, 3),
             )
             yield partial(_small_job, part, visible, out[at], lse[at])
 
@@ -193,12 +211,12 @@ def _picked(pattern: Pattern | None, choose: Any) -> Pattern | None:
 # -- Which keys each job visits ---------------------------------------------------------------
 
 
-def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Strip, ...]:
+def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Cut:
     """The strips of one item, the same for all its heads."""
     (_, g), (nq, nk), at = call.heads, call.lengths, call.offset
     if call.pattern is None or call.pattern.relative:
         return _cut_relative(call.pattern, g, nq, nk, at, tile, call.bias is None)
-    return tuple(_cut_tiles(call.pattern, g, nq, nk, at, tile))
+    return _cut_tiles(call.pattern, g, nq, nk, at, tile)
 
 
 # Calls of one shape are planned alike, and a plan can take as long as a short call.
@@ -211,28 +229,31 @@ def _cut_relative(
     at: int,
     tile: tuple[int, int] | None,
     free: bool,
-) -> tuple[Strip, ...]:
+) -> Cut:
     band = None if pattern is None or tile or not free else pattern.band
-    rows = None if band is None else band_rows(band, g, nq, nk)
+    rows = None if band is None else _band_rows(band, g, nq, nk)
     if band is None or rows is None:
-        return tuple(_cut_tiles(pattern, g, nq, nk, at, tile))
-    return tuple(_cut_band(band, rows, g, nq, nk, at))
+        return _cut_tiles(pattern, g, nq, nk, at, tile)
+    return Cut(tuple(_cut_band(band, rows, g, nq, nk, at)), rows, None)
 
 
 def _cut_tiles(
     pattern: Pattern | None, g: int, nq: int, nk: int, at: int, tile: tuple[int, int] | None
-) -> Iterator[Strip]:
+) -> Cut:
     grain = GRAIN if pattern is not None and pattern.relative else None
     shape = tile or choose_tile(pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain)
     shape = (min(shape[0], max(nq, 1)), shape[1])
     plan = make_plan(pattern, nq, nk, at, shape)
     pairs = BUDGET // g if g * shape[0] > FEW else min(BUDGET // g, shape[0] * FEW_KEYS)
+    strips = []
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
-        yield Strip(i0, i1 - i0, 1, tuple(Run(*run) for run in plan.runs(t, pairs, apart=True)))
+        runs = (Run(*run) for run in plan.runs(t, pairs, apart=True))
+        strips.append(Strip(i0, i1 - i0, 1, tuple(runs)))
+    return Cut(tuple(strips), None, plan)
 
 
-def band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) -> int | None:
+def _band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) -> int | None:
     """Rows of a tile whose keys, a band, are all computed at once; None where they are not."""
     lo, hi = band
     if lo is None or hi is None or hi <= lo:
@@ -297,7 +318,7 @@ class Head:
 
     def run(self, strip: Strip) -> None:
         """Compute the rows of a strip."""
-        g, i1 = self.call.q.shape[-3], strip.i0 + strip.rows * strip.count
+        g, i1 = self.call.q.shape[-3], strip.i0 + strip.rows * strip.tiles
         q = _tiles_of(self.call.q[0], strip)
         out, lse = _tiles_of(self.out, strip), _tiles_of(self.lse[..., None], strip)
         if self.plain and g * (i1 - strip.i0) > FEW:
@@ -350,9 +371,7 @@ class Head:
         state = rows.state()
         _write(finish(call, online_softmax.merge(state, rest, xp=np)), out, lse)
 
-    def _fold(
-        self, state: State, q: Array, strip: Strip, run: Run, only: Array | None
-    ) -> State:
+    def _fold(self, state: State, q: Array, strip: Strip, run: Run, only: Array | None) -> State:
         """Absorb a run of keys, of these `only`, by the fold that all libraries share."""
         call, visible = self.call, None
         pairs = TilePairs(
@@ -368,18 +387,18 @@ class Head:
 
     def _keys(self, strip: Strip, run: Run, *, transposed: bool) -> tuple[Array, Array]:
         """Keys (count, m, D), or transposed, and values (count, m, Dv) of a run."""
-        call, stop = self.call, run.j1 + strip.rows * (strip.count - 1)
+        call, stop = self.call, run.j1 + strip.rows * (strip.tiles - 1)
         k, v = (enter(call, x[0, run.j0 : stop]) for x in (call.k, call.v))
         m = run.j1 - run.j0
         if not transposed:
             return _overlapping(k, strip, m), _overlapping(v, strip, m)
-        if strip.count == 1:
+        if strip.tiles == 1:
             return k.T[None], v[None]
         # Small products are faster from keys that lie transposed.
         kt = loops.work_space("keys", (k.shape[1], k.shape[0]), k.dtype)
         np.copyto(kt, k.T)
         step = (strip.rows * kt.strides[1], *kt.strides)
-        return as_strided(kt, (strip.count, kt.shape[0], m), step), _overlapping(v, strip, m)
+        return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
 
     def _look(self, strip: Strip, run: Run) -> Look:
         call, at, m = self.call, self.call.offset, run.j1 - run.j0
@@ -412,26 +431,24 @@ def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
     """Rows ``(G, N, D)`` of a strip as a view ``(count, G, rows, D)``."""
-    rows = x[:, strip.i0 : strip.i0 + strip.rows * strip.count]
+    rows = x[:, strip.i0 : strip.i0 + strip.rows * strip.tiles]
     g, _, d = x.shape
-    return rows.reshape(g, strip.count, strip.rows, d).transpose(1, 0, 2, 3)
+    return rows.reshape(g, strip.tiles, strip.rows, d).transpose(1, 0, 2, 3)
 
 
 def _overlapping(x: Array, strip: Strip, m: int) -> Array:
     """``(count, m, D)`` views of `x`, each ``strip.rows`` further on."""
-    if strip.count == 1:
+    if strip.tiles == 1:
         return x[None]
-    return as_strided(x, (strip.count, m, x.shape[1]), (strip.rows * x.strides[0], *x.strides))
+    return as_strided(x, (strip.tiles, m, x.shape[1]), (strip.rows * x.strides[0], *x.strides))
 
 
 def _windows(x: Array, strip: Strip, run: Run) -> Array:
     """What ``x (Nk,)`` holds for the keys of a run, ``(count, m)``."""
-    if strip.count == 1:
+    if strip.tiles == 1:
         return x[None, run.j0 : run.j1]
     (step,) = x.strides
-    return as_strided(
-        x[run.j0 :], (strip.count, run.j1 - run.j0), (strip.rows * step, step)
-    )
+    return as_strided(x[run.j0 :], (strip.tiles, run.j1 - run.j0), (strip.rows * step, step))
 
 
 def _write(results: tuple[Array, Array], out: Array, lse: Array) -> None:

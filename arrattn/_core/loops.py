@@ -415,7 +415,7 @@ def num_threads() -> int:
 
 def ask_num_threads(n: int | None) -> int | None:
     """Set the number of worker threads, None for the default; returns what was set before."""
-    global _asked  # noqa: PLW0603
+    global _asked
     before, _asked = _asked, n
     return before
 
@@ -459,7 +459,10 @@ def _blas_settings() -> list[tuple[Callable[[], int | None], Callable[[int], Non
     # threadpoolctl lets only the thread that made a setting change it again, which calls that
     # overlap cannot keep to; the function under that rule has none.
     return [
-        (library.get_num_threads, getattr(library, "_real_set_num_threads", library.set_num_threads))
+        (
+            library.get_num_threads,
+            getattr(library, "_real_set_num_threads", library.set_num_threads),
+        )
         for library in ThreadpoolController().select(user_api="blas").lib_controllers
     ]
 

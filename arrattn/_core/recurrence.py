@@ -216,13 +216,8 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
         out.add(_zeros_out(how, x))
         memory = start
-    elif x.q_ids is not None or (how.is_causal and x.lengths is not None):
-        memory = _sorted(how, x, start, out)
-    elif how.is_causal:
-        memory = _side_by_side(how, x, start, out)
     else:
-        memory = _absorb_all(how, x, start)
-        _read_all(how, x, memory, out)
+        memory = FORMS[form(how, x)](how, x, start, out)
     S = memory.S
     if memory.log is not None:
         S = S * xp.exp(_finite(memory.log, xp))[..., None, None]
@@ -231,12 +226,26 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     return out.joined(xp=xp), S[..., :-1], S[..., -1]
 
 
+def form(how: How, x: Operands) -> str:
+    """Which way through the tokens a call takes."""
+    if x.q_ids is not None or (how.is_causal and x.lengths is not None):
+        return "sorted"
+    return "side by side" if how.is_causal else "all at once"
+
+
 def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
     """The features of no keys at all: their number, and whether logarithms come with them."""
     return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp)
 
 
 # -- Three ways through the tokens ------------------------------------------------------------
+
+
+def _all_at_once(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+    """Every key, and then every query."""
+    memory = _absorb_all(how, x, memory)
+    _read_all(how, x, memory, out)
+    return memory
 
 
 def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
@@ -322,6 +331,9 @@ def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
     after = _over_chunks(step, memory, parts, q.shape[-2], how, mixed)
     out.add(_gather_tokens(mixed.joined(xp=xp), order.row, how))
     return after if order.ids is None else _absorb_all(how, x, start)
+
+
+FORMS = {"sorted": _sorted, "side by side": _side_by_side, "all at once": _all_at_once}
 
 
 class Order(NamedTuple):

@@ -355,8 +355,11 @@ def _block_sums(
 # -- Schedules --------------------------------------------------------------------------------
 
 
-def _rows_at_once(call: SoftmaxInputs, choice: Choice, kind: str, lanes: int) -> int:
-    nq, nk = call.lengths
+def rows_at_once(call: SoftmaxInputs, choice: Choice) -> int:
+    """How many queries a tile has."""
+    kind, (nq, nk) = loops.schedule(call.xp), call.lengths
+    # A thread holds one key head, the others all that there are.
+    lanes = call.heads[1] if kind == "threads" else math.prod((*call.batch, *call.heads))
     looked = nk if choice.exhaustive else (1 + choice.route) * choice.block
     if call.pattern is not None and not choice.exhaustive:
         pairs = TilePairs(0, 1, 0, 1, call.offset, xp=call.xp, device=call.device)
@@ -383,7 +386,7 @@ def _select_threads(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
     out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
     lse = np.empty((*call.batch, hkv, g, nq), call.acc)
     finite = fold.all_finite(call)
-    step = rows or _rows_at_once(call, choice, "threads", g)
+    step = rows or rows_at_once(call, choice)
     for b in np.ndindex(*call.batch):
         item = jobs.batch_item(call, b)
         hulls = _hulls(item, choice, step) if choice.exhaustive else None
@@ -425,8 +428,7 @@ def _rows_job(
 
 def _select_batched(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
     xp, nq = call.xp, call.lengths[0]
-    lanes = math.prod((*call.batch, *call.heads))
-    step = rows or _rows_at_once(call, choice, "batched", lanes)
+    step = rows or rows_at_once(call, choice)
     hulls = _hulls(call, choice, step) if choice.exhaustive else None
     keys, finite = prepare(call, choice), fold.all_finite(call)
     tiles = [
@@ -446,8 +448,7 @@ def _select_batched(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
 
 
 def _select_scan(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, Array]:
-    lanes = math.prod((*call.batch, *call.heads))
-    step = rows or _rows_at_once(call, choice, "scan", lanes)
+    step = rows or rows_at_once(call, choice)
     out, lse = staging.traced(_scan_selected, call, (choice, min(step, call.lengths[0])))
     return out, lse
 
