@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from arrattn._core.engine import attend
 from arrattn._core.inputs import read_softmax
+from arrattn._core.jobs import at_once
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
@@ -141,6 +142,13 @@ def attention(
     >>> attention(q, k, v, is_causal=True)[0, :, 0]
     array([0. , 0.5, 1. , 1.5])
     """
+    bare = mask is bias is window is kv_lengths is segment_ids is pattern is None
+    bare = bare and q_offset is scale is softcap is sinks is None
+    if bare and is_causal is return_lse is False and engine == "auto":
+        # What a small call costs is its checks.
+        out = at_once(q, k, v)
+        if out is not None:
+            return out
     call = read_softmax(
         "attention",
         q,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -122,7 +121,7 @@ class Reasons:
     def __init__(self, function: str) -> None:
         self.function = function
         self.found: list[tuple[type[Exception], str]] = []
-        self.shapes = ""
+        self.arrays: dict[str, Array] = {}
 
     def add(self, kind: type[Exception], text: str) -> None:
         """Note one complaint."""
@@ -138,8 +137,9 @@ class Reasons:
             return
         kind = TypeError if any(k is TypeError for k, _ in self.found) else ValueError
         lines = [f"{self.function}: " + "; ".join(text for _, text in self.found)]
-        if self.shapes:
-            lines.append(f"got {self.shapes}")
+        if self.arrays:
+            shapes = (f"{n} {tuple(x.shape)} {dtype_name(x.dtype)}" for n, x in self.arrays.items())
+            lines.append(f"got {', '.join(shapes)}")
             lines.append(
                 "hint: shapes are q (..., Hq, Nq, D), k (..., Hkv, Nk, D), v (..., Hkv, Nk, Dv), "
                 "with Hq a multiple of Hkv; heads come before positions"
@@ -152,7 +152,6 @@ def is_array(x: object) -> bool:
     return bool(compat.is_array_api_obj(x)) and not isinstance(x, np.generic)
 
 
-@lru_cache(maxsize=64)
 def dtype_name(dtype: DType) -> str:
     """The dtype's name without its library: "float32"."""
     return str(dtype).rpartition(".")[2].removesuffix("'>")
@@ -180,13 +179,11 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
                 f"got shape {tuple(named[name].shape)}",
             )
     reasons.check()
-    reasons.shapes = ", ".join(
-        f"{n} {tuple(named[n].shape)} {dtype_name(named[n].dtype)}" for n in ("q", "k", "v")
-    )
+    reasons.arrays = {n: named[n] for n in ("q", "k", "v")}
     xp = compat.array_namespace(named["q"])
     arrays = {n: x for n, x in named.items() if is_array(x)}
     for name, x in arrays.items():
-        other = compat.array_namespace(x)
+        other = xp if type(x) is type(named["q"]) else compat.array_namespace(x)
         if other is not xp:
             reasons.add(
                 TypeError,
@@ -195,8 +192,8 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
             )
     reasons.check()
     device = loops.device_of(named["q"])
-    for name, x in arrays.items():
-        if device is not None and loops.device_of(x) not in (None, device):
+    for name, x in arrays.items() if device is not None else ():
+        if loops.device_of(x) not in (None, device):
             reasons.add(
                 TypeError,
                 f"{name}: expected an array on the device of q ({device}), "

@@ -83,8 +83,9 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
     (hkv, g), (nq, nk) = call.heads, call.lengths
     out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
     lse = np.empty((*call.batch, hkv, g, nq), call.acc)
+    small = g * nq * nk * max(call.q.shape[-1], call.v.shape[-1]) <= loops.SMALL
     if tile is None and is_small(call):
-        loops.run_jobs(list(_small_jobs(call, out, lse)), small=call.q.size * nk <= loops.SMALL)
+        loops.run_jobs(list(_small_jobs(call, out, lse)), small=small)
         return out, lse
     jobs: list[tuple[int, Any]] = []
     for b, item, plan in items(call, tile):
@@ -93,8 +94,7 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
             jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
     # The largest first: whoever is done early then finds small ones.
     jobs.sort(key=lambda job: -job[0])
-    width = max(call.q.shape[-1], call.v.shape[-1])
-    loops.run_jobs([job for _, job in jobs], small=g * nq * nk * width <= loops.SMALL)
+    loops.run_jobs([job for _, job in jobs], small=small)
     return out, lse
 
 
@@ -169,6 +169,36 @@ def _small_job(call: SoftmaxInputs, visible: Array | None, out: Array, lse: Arra
     q = enter(call, call.q, scale=call.scale)
     state = fold(call, state, q, call.k, call.v, None, visible=visible, finite=finite)
     out[...], lse[...] = finish(call, state)
+
+
+def at_once(q: Array, k: Array, v: Array) -> Array | None:
+    """
+    Attention of few NumPy arrays with no options, checked and computed in one go.
+
+    None where the arrays are not plainly right and small, for the door to say what they are.
+    It does what `_small_job` does, operation by operation.
+    """
+    if not (type(q) is type(k) is type(v) is np.ndarray and q.dtype == k.dtype == v.dtype):
+        return None
+    if q.dtype not in _EXACT or q.ndim < 3 or q.shape[:-2] != k.shape[:-2] or q.size == 0:
+        return None
+    (nq, d), nk = q.shape[-2:], k.shape[-2]
+    if k.shape[-1] != d or v.shape[:-1] != k.shape[:-1] or v.size == 0:
+        return None
+    products = nq * nk * max(d, v.shape[-1])
+    if nq * nk > SMALL or nk > SMALL_KEYS or products > loops.SMALL or q.size * nk > 4 * BUDGET:
+        return None
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = loops.product(q * d**-0.5, k.swapaxes(-1, -2), "scores", xp=np)
+        top = s.max(axis=-1, keepdims=True)
+        if not np.isfinite(top).all():
+            return None
+        p = loops.exp_shifted(s, top, xp=np)
+        total = loops.row_sums(p, xp=np)
+        return np.divide(np.matmul(p, v), total)
+
+
+_EXACT = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 # -- One item, one head -----------------------------------------------------------------------
