@@ -39,7 +39,9 @@ EXPORTS = {
         "FeatureMap", "Features", "elu_plus_one", "gaussian", "laplacian", "relu", "softmax",
     ],
     "reference": [
+        "get_num_threads",
         "linear_attention", "linear_steps", "local_attention", "merge", "softmax_attention",
+        "set_num_threads",
         "sparse_attention",
     ],
     "dense": ["attention"],
