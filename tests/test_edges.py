@@ -14,7 +14,6 @@ from arrattn import (
     reference,
     sparse_attention,
 )
-from arrattn._core.jobs import at_once
 from arrattn.patterns import Prefix, Segments
 
 
@@ -148,37 +147,3 @@ def test_peak_memory_over_the_inputs(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < mebibytes << 20
-
-
-@pytest.mark.parametrize("shape", [(1, 16, 8), (2, 3, 30, 4), (3, 1, 5, 1)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_small_call_is_the_same_bits_by_the_short_path_and_through_the_door(
-    shape: tuple[int, ...], dtype: str
-) -> None:
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=shape).astype(dtype) for _ in range(3))
-    assert at_once(q, k, v) is not None
-    np.testing.assert_array_equal(attention(q, k, v), attention(q, k, v, return_lse=True)[0])
-
-
-def test_the_short_path_takes_only_what_is_plainly_right() -> None:
-    x = np.ones((2, 4, 3), np.float32)
-    wide, long, other = np.ones((2, 4, 5), np.float32), x[:, :2], x.astype(np.float64)
-    assert at_once(x, x, wide) is not None
-    assert at_once(x[:, :1], x, x) is not None
-    for q, k, v in [
-        (x, wide, x),
-        (x, long, x),
-        (x, x, long),
-        (x, x[:1], x[:1]),
-        (x, x, other),
-        (x[0], x[0], x[0]),
-        (x[:, :0], x, x),
-        (x, x[:, :0], x[:, :0]),
-        (x.astype(np.int64),) * 3,
-        (x.astype(np.float16),) * 3,
-        (x.tolist(), x, x),
-        (x, np.where(x > 0, np.nan, x), x),
-        (x, np.full_like(x, -np.inf), x),
-    ]:
-        assert at_once(q, k, v) is None

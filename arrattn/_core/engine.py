@@ -44,7 +44,7 @@ def attend(
         return finish(call, start(call, call.q, call.k, call.v))
     if fused is not None:
         return fused(), None
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         return SCHEDULES[kind](call, tile)
 
 

@@ -53,7 +53,9 @@ def visible_scores(
         )
     bad = ~xp.all(xp.isfinite(k), axis=-1)
     k = xp.where(bad[..., None], xp.zeros_like(k), k)
-    s = adjust(call, group_matmul(q, xp.matrix_transpose(k), xp=xp), pairs, scale=scale)
+    # The same product as above, for the bits of rows that see none of them.
+    s = group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores")
+    s = adjust(call, s, pairs, scale=scale)
     nan = xp.asarray(math.nan, dtype=s.dtype, device=loops.device_of(s))
     return xp.where(bad[..., None, None, :], nan, s)
 

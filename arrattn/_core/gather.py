@@ -4,8 +4,9 @@ The online softmax in as few passes over the scores as NumPy can do it in.
 Scores are kept in units of ``log 2``, so that `exp2` does, and hidden pairs are multiplied by
 0 after it. Where ``|q| |k|`` (Cauchy-Schwarz) bounds all scores of a strip, nothing has to
 be subtracted before it; else a row's maximum so far is, which is brought up to date only when
-a row's sum shows that it has fallen behind. Neither choice depends on what a hidden key
-or value holds, for they are made by keys that every row sees, or key by key.
+that row's sum shows that it has fallen behind. Neither choice depends on what a hidden key
+or value holds: the first is made by keys that every row sees, the second row by row, and
+keys that are out of bounds are left, one by one, to `fold`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,22 @@ from arrattn._core.typing import Array, DType
 #: Scores of at most this size, in units of log 2, are exponentiated as they are.
 CALM = 60.0
 
-#: Values whose rows have norms within these powers of 2 can be weighted by 2 ** +-CALM.
-SMALLEST, LARGEST = -40, 40
+#: Keys and values whose norms are within these bounds, or 0, have products and weighted sums
+#: that neither overflow nor are lost.
+SMALLEST, LARGEST = 2.0**-40, 2.0**30
 
-#: Beyond this norm a product could overflow before it is looked at.
+#: Beyond this size a product could overflow before it is looked at.
 UNSAFE = 2.0**100
 
-#: Exponents are cut here: 2 ** LOW is nothing beside a row's largest weight, 1.
+#: What is subtracted from a row's scores is its maximum so far and this much more: room for
+#: the maximum to grow, at no loss.
+ROOM = 40.0
+
+#: Exponents are cut here: 2 ** LOW is nothing beside a row's largest weight, 2 ** -ROOM.
 LOW, HIGH = -120.0, 100.0
 
 #: A row's sum may grow to this before its maximum is brought up to date.
-ENOUGH = 2.0**40
+ENOUGH = 2.0**76
 
 LOG2E = math.log2(math.e)
 
@@ -44,7 +50,7 @@ class Look(NamedTuple):
     Attributes
     ----------
     rows : tuple of (int, int)
-        Rows of the tile outside which none sees any key.
+        Rows of the tile outside which none sees any key; may be empty.
     partly : tuple of (int, int)
         Those of them outside which all see every key.
     weights : array
@@ -59,15 +65,17 @@ class Look(NamedTuple):
 
 def reach(k: Array, v: Array, acc: DType) -> Array:
     """
-    The norm of each key, or inf where its value is too large or too small, or NaN.
+    The norm of each key, ``(Nk,)``; inf or NaN where it or its value is not to be gathered.
+
+    Those are the keys and values that are not finite, too large or too small.
     """
-    norm = np.sqrt(np.vecdot(k, k, dtype=acc))
-    size = np.vecdot(v, v, dtype=acc)
-    small = ~(size >= 4.0**SMALLEST)
-    if small.any():
-        # Nothing is lost of a value that is exactly zero.
-        size[small] = np.where(v[small].any(axis=-1), math.inf, 1.0)
-    norm[~(size <= 4.0**LARGEST)] = math.inf
+    norm, size = (np.sqrt(np.vecdot(x, x, dtype=acc)) for x in (k, v))
+    for x, length in ((k, norm), (v, size)):
+        small = ~(length >= SMALLEST)
+        if small.any():
+            # Nothing is lost of what is exactly zero, and a NaN is any but zero.
+            length[small] = np.where(x[small].any(axis=-1), math.inf, 0)
+    norm[~((size <= LARGEST) & (norm <= LARGEST))] = math.inf
     return norm
 
 
@@ -96,26 +104,32 @@ class Rows:
         self.m: Array | None = None
         self.began = False
         self.norm = math.sqrt(np.vecdot(self.q, self.q).max(initial=0.0))
-        self.limit = 0.0
+        self.limit = self._within(CALM)
+
+    def _within(self, bound: float) -> float:
+        """Up to which norm of a key no score is larger than `bound`; below inf always."""
+        return min(bound / self.norm if self.norm else math.inf, LARGEST)
 
     def choose(self, full: list[Array]) -> None:
         """Choose whether a maximum is kept, by the `reach` of the keys that every row sees."""
-        self.limit = CALM / self.norm if self.norm else math.inf
-        if not all((span <= self.limit).all() for span in full):
-            self.limit = UNSAFE / self.norm
-            self.m = np.full((*self.shape, 1), -math.inf, self.l.dtype)
-            # One more column, beside keys with a 1 there, takes what is subtracted from the
-            # scores along in the product.
-            d = self.q.shape[-1]
-            wider = loops.work_space("wider", (*self.shape, d + 1), self.q.dtype)
-            wider[..., :d], wider[..., d:] = self.q, 0
-            self.q = wider
+        if all((span <= self.limit).all() for span in full):
+            return
+        self.limit = self._within(UNSAFE)
+        self.m = np.full((*self.shape, 1), -math.inf, self.l.dtype)
+        # One more column, beside keys with a 1 there, takes what is subtracted from the
+        # scores along in the product.
+        d = self.q.shape[-1]
+        wider = loops.work_space("wider", (*self.shape, d + 1), self.q.dtype)
+        wider[..., :d], wider[..., d:] = self.q, 0
+        self.q = wider
 
     def absorb(self, k: Array, v: Array, look: Look | None, far: Array | None) -> None:
         """
         Add keys ``(count, D, m)`` and values ``(count, m, Dv)``, but for those that are `far`.
         """
         rows = (0, self.shape[2]) if look is None else look.rows
+        if rows[0] == rows[1]:
+            return
         if far is not None:
             k, v = np.where(far[:, None, :], 0, k), np.where(far[:, :, None], 0, v)
         p, sums = self._weights(k, look, rows, far)
@@ -144,16 +158,19 @@ class Rows:
         if self.m is None:
             return _hidden(np.exp2(s, out=s), look, far), None
         m, minus = (x[:, :, rows[0] : rows[1]] for x in (self.m, self.q[..., -1:]))
-        if np.isfinite(m).all():
+        keep = np.isfinite(m)
+        if keep.any():
             p = _exp2(s, look, far)
             sums = loops.row_sums(p, xp=np)
-            if (sums <= ENOUGH).all():
+            keep &= sums <= ENOUGH
+            if keep.all():
                 return p, sums
             s = self._product(k, rows)
         seen = s
         if look is not None:
             seen = np.where(_hidden(np.ones_like(s), look, far) != 0, s, -math.inf)
-        top = np.maximum(m, seen.max(axis=-1, keepdims=True) - minus)
+        # Rows that are kept go through the same operations as above, to the same bits.
+        top = np.where(keep, m, np.maximum(m, seen.max(axis=-1, keepdims=True) - minus + ROOM))
         shift = np.where(top == -math.inf, 0, top)
         if self.began:
             decay = np.exp2(m - shift)
@@ -230,7 +247,7 @@ def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:
 
 
 #: Keys of one product, and scores side by side in a reduction, in `few`.
-FEW_KEYS, WIDE = 1024, 64
+CACHED, WIDE = 1024, 64
 
 
 def few(q: Array, k: Array, v: Array, scale: float) -> State:
@@ -252,13 +269,13 @@ def few(q: Array, k: Array, v: Array, scale: float) -> State:
         Of shapes (R, 1), (R, 1) and (R, Dv).
     """
     r, m = len(q), len(k)
-    even = m - m % FEW_KEYS
+    even = m - m % CACHED
     q = q * np.asarray(scale * LOG2E, q.dtype)
     s = loops.work_space("scores", (m, r), q.dtype)
     # BLAS is fastest from keys that its caches hold.
     if even:
-        parts = k[:even].reshape(-1, FEW_KEYS, k.shape[1])
-        np.matmul(parts, q.T, out=s[:even].reshape(-1, FEW_KEYS, r))
+        parts = k[:even].reshape(even // CACHED, CACHED, k.shape[1])
+        np.matmul(parts, q.T, out=s[:even].reshape(-1, CACHED, r))
     np.matmul(k[even:], q.T, out=s[even:])
     # A row of s is short, so many are taken as one.
     many = max(1, WIDE // r)
@@ -273,6 +290,6 @@ def few(q: Array, k: Array, v: Array, scale: float) -> State:
     total = np.matmul(s.T, loops.ones_column(m, s.dtype))
     o = np.matmul(s[even:].T, v[even:])
     if even:
-        p = s[:even].reshape(-1, FEW_KEYS, r).swapaxes(-1, -2)
-        o += np.matmul(p, v[:even].reshape(-1, FEW_KEYS, v.shape[1])).sum(axis=0)
+        p = s[:even].reshape(-1, CACHED, r).swapaxes(-1, -2)
+        o += np.matmul(p, v[:even].reshape(even // CACHED, CACHED, v.shape[1])).sum(axis=0)
     return State((top * np.asarray(1 / LOG2E, s.dtype))[:, None], total, o)

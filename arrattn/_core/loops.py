@@ -291,14 +291,17 @@ _FEW_ROWS = 8
 def work_space(slot: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """
     A NumPy array to write on, which lives until this thread asks for the same `slot` again.
+
+    Jobs within jobs, as of a caller's function that calls an attention, have their own.
     """
     size = math.prod(shape)
     if size > _KEPT_AT_MOST:
         return np.empty(shape, dtype)
     held: dict[Any, Any] = _kept.__dict__
-    kept = held.get((slot, dtype))
+    key = (slot, dtype, held.get("depth", 0))
+    kept = held.get(key)
     if kept is None or kept.size < size:
-        kept = held[slot, dtype] = np.empty(size, dtype)
+        kept = held[key] = np.empty(size, dtype)
     return kept[:size].reshape(shape)
 
 
@@ -449,8 +452,12 @@ class _Blas:
             with self.lock:
                 self.users -= 1
                 if self.users == 0:
-                    for put, many in self.before:
-                        put(many)
+                    self.restore()
+
+    def restore(self) -> None:
+        """Give back what was set before."""
+        for put, many in self.before:
+            put(many)
 
 
 @lru_cache(maxsize=1)
@@ -479,6 +486,8 @@ def _after_fork() -> None:
     # A child process has none of its parent's threads, and may have copied a held lock.
     global _blas  # noqa: PLW0603
     _pool.cache_clear()
+    if _blas.users:
+        _blas.restore()
     _blas = _Blas()
 
 
@@ -496,31 +505,43 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
     number of threads. The first exception is raised, once every worker has stopped.
     """
     if small:
-        with np.errstate(invalid="ignore", over="ignore"):
-            for job in jobs:
-                job()
+        _run_all(iter(jobs))
         return
     queue = iter(jobs)
     take = threading.Lock()
 
-    def work() -> None:
-        with np.errstate(invalid="ignore", over="ignore"):
-            while True:
-                with take:
-                    job = next(queue, None)
-                if job is None:
-                    return
-                job()
+    def shared() -> Iterator[Callable[[], None]]:
+        while True:
+            with take:
+                job = next(queue, None)
+            if job is None:
+                return
+            yield job
 
     with _blas.held():
-        helpers = min(num_threads(), len(jobs)) - 1
-        futures = [_pool(num_threads()).submit(work) for _ in range(helpers)]
+        threads = num_threads()
+        pool = _pool(threads)
+        futures = [pool.submit(_run_all, shared()) for _ in range(min(threads, len(jobs)) - 1)]
         try:
-            work()
+            _run_all(shared())
         finally:
             with take:
                 queue = iter(())
+            # A helper that has not begun by now has nothing to do, and waiting for it could be
+            # waiting for oneself, where jobs run jobs.
+            futures = [future for future in futures if not future.cancel()]
             for future in futures:
                 future.exception()
         for future in futures:
             future.result()
+
+
+def _run_all(jobs: Iterator[Callable[[], None]]) -> None:
+    depth = _kept.__dict__.get("depth", 0)
+    _kept.__dict__["depth"] = depth + 1
+    try:
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            for job in jobs:
+                job()
+    finally:
+        _kept.__dict__["depth"] = depth

@@ -121,7 +121,7 @@ def attend(how: How, x: Operands) -> tuple[Array, Array, Array]:
     Do a call as suits its library: what `run` gives.
     """
     kind = loops.schedule(how.xp)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         if kind == "threads":
             return run_threads(how, x)
         if kind == "blocks":

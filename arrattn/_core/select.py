@@ -49,7 +49,7 @@ def attend_selected(
     kind = loops.schedule(call.xp)
     if kind != "blocks" and 0 in (*call.batch, *call.heads, *call.lengths):
         return fold.finish(call, fold.start(call, call.q, call.k, call.v))
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         return _SCHEDULES[kind](call, choice, rows)
 
 

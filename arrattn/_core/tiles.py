@@ -223,7 +223,7 @@ def weigh(
     if visible is None or finite:
         return group_matmul(p, v, xp=xp, slot=slot)
     bad = ~xp.isfinite(v)
-    out = group_matmul(p, xp.where(bad, xp.zeros_like(v), v), xp=xp)
+    out = group_matmul(p, xp.where(bad, xp.zeros_like(v), v), xp=xp, slot=slot)
     nan = xp.asarray(math.nan, dtype=out.dtype, device=loops.device_of(out))
     return xp.where(sees(visible, bad, like=out, nk=p.shape[-1], xp=xp), nan, out)
 
