@@ -25,7 +25,7 @@ from sums import (
 )
 from tolerance import C, eps, largest
 
-from arrattn import LinearState, feature_maps, linear_attention, reference
+from arrattn import LinearState, feature_maps, linear_attention, reference, set_num_threads
 
 CHUNKS = st.sampled_from((1, 2, 3, 5, 128))
 
@@ -348,8 +348,10 @@ def test_working_memory_does_not_grow_with_the_length(is_causal: bool) -> None:
         tracemalloc.stop()
         return peak - x.nbytes  # the output
 
-    beyond_outputs(64)  # what a first call loads stays, and does not count
-    assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)
+    # How many workers find a job depends on the machine's mood; the memory is that of each.
+    with set_num_threads(1):
+        beyond_outputs(64)  # what a first call loads stays, and does not count
+        assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)
 
 
 def test_a_function_may_change_between_calls() -> None:
