@@ -599,6 +599,27 @@ class Unforbidden(Pattern):
 
 
 @dataclass(frozen=True)
+class OwnBlock(Pattern):
+    """Keys of the block of `size` in which the query lies, of `n` keys. Not public."""
+
+    size: int
+    n: int
+
+    def __repr__(self) -> str:
+        return f"OwnBlock({self.size})"
+
+    def visible(self, pairs: Pairs) -> Array:
+        return (pairs.p // self.size == pairs.j // self.size) & (pairs.p < self.n)
+
+    def rectangles(self, at: Rectangles) -> tuple[Bools, Bools]:
+        size, n = self.size, self.n
+        p0, p1 = at.p0 // size, (np.minimum(at.p1, n) - 1) // size
+        j0, j1 = at.j0 // size, (at.j1 - 1) // size
+        some = (p0 <= j1) & (p1 >= j0) & (at.p0 < n)
+        return some, (p0 == p1) & (j0 == j1) & (p0 == j0) & (at.p1 <= n)
+
+
+@dataclass(frozen=True)
 class And(Pattern):
     """Pairs that both patterns see; written ``a & b``."""
 

@@ -21,6 +21,9 @@ def sparse_attention(
     route: int | None = 8,
     select: str = "keys",
     per: str = "query",
+    score: str = "mean",
+    block_scores: Array | None = None,
+    always: Pattern | None = None,
     mask: Array | None = None,
     bias: Array | None = None,
     is_causal: bool = False,
@@ -33,7 +36,8 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
+    return_selection: bool = False,
+) -> Array | tuple[Array, ...]:
     r"""
     Softmax attention over the query's own block and the best `top_k` keys elsewhere.
 
@@ -159,6 +163,10 @@ def sparse_attention(
         route=route,
         select=select,
         per=per,
+        score=score,
+        block_scores=block_scores,
+        always=always,
+        return_selection=return_selection,
         mask=mask,
         bias=bias,
         is_causal=is_causal,
@@ -172,5 +180,7 @@ def sparse_attention(
         sinks=sinks,
         return_lse=return_lse,
     )
-    out, lse = call.ungroup(*attend_selected(call, choice))
-    return (out, lse) if return_lse else out
+    out, lse, *chosen = attend_selected(call, choice)
+    results = call.ungroup(out, lse)[: 2 if return_lse else 1]
+    results += tuple(call.ungroup_selection(x) for x in chosen)
+    return results if len(results) > 1 else results[0]

@@ -51,6 +51,8 @@ class SoftmaxInputs(NamedTuple):
     no_head: bool
     engine: str = "tiles"
     return_lse: bool = True
+    always: Pattern | None = None  # of sparse attention, as is what follows
+    block_scores: Array | None = None  # (..., Hkv | 1, G | 1, Nq | query blocks | 1, blocks)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -69,6 +71,12 @@ class SoftmaxInputs(NamedTuple):
         out = xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
         lse = None if lse is None else xp.reshape(lse, (*self.batch, *heads, nq))
         return xp.astype(out, self.q.dtype, copy=False), lse
+
+    def ungroup_selection(self, chosen: Array) -> Array:
+        """``(..., Hkv, G | 1, rows, count)`` in the caller's shape."""
+        *_, hkv, g, rows, count = chosen.shape
+        heads = () if self.no_head else (hkv * g,)
+        return self.xp.reshape(chosen, (*self.batch, *heads, rows, count))
 
 
 class LinearInputs(NamedTuple):
@@ -106,13 +114,31 @@ class Choice(NamedTuple):
     """
     What sparse attention chooses; sizes cut to what the keys hold.
 
-    `route` counts blocks to search beside the own one; `exhaustive` means that this is all.
+    `route` counts blocks to take or to search beside the own one; `exhaustive` means that
+    keys are searched in all. `queries` is the number of them, and `query_blocks` that of the
+    blocks they lie in (the most that can be, where offsets differ).
     """
 
     block: int
     top_k: int
     route: int
     exhaustive: bool
+    select: str
+    per: str
+    score: str
+    queries: int
+    query_blocks: int
+    selection: bool
+
+    @property
+    def many(self) -> int:
+        """How many keys, or blocks, are chosen."""
+        return self.top_k if self.select == "keys" else self.route
+
+    def selection_rows(self, heads: tuple[int, int]) -> tuple[int, int]:
+        """Query heads for each key head, and rows, that choose on their own."""
+        rows = self.query_blocks if self.per == "block" else self.queries
+        return 1 if self.per == "group" else heads[1], rows
 
 
 class Reasons:
@@ -446,12 +472,12 @@ def _read_sinks(
     return None
 
 
-def _pattern_arrays(pattern: object) -> dict[str, Array]:
+def _pattern_arrays(pattern: object, name: str = "pattern") -> dict[str, Array]:
     if not isinstance(pattern, Pattern):
         return {}
     arrays: list[Array] = []
     patterns.detach(pattern, arrays)
-    return {f"pattern (its array {n})": x for n, x in enumerate(arrays)}
+    return {f"{name} (its array {n})": x for n, x in enumerate(arrays)}
 
 
 def _segment_arrays(x: object) -> dict[str, Any]:
@@ -483,17 +509,18 @@ def read_softmax(
     return_lse: bool = False,
     engine: str = "tiles",
     also: Callable[[Reasons, int], None] | None = None,
+    arrays: dict[str, Any] | None = None,
 ) -> SoftmaxInputs:
     """
     Read the arguments of dense, local and sparse attention.
 
     ``also(reasons, nk)`` checks what a function takes beside them, so that all complaints
-    come together.
+    come together; `arrays` are those among it, for library and device.
     """
     reasons = Reasons(function)
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks}
     named |= {"kv_lengths": kv_lengths, "q_offset": q_offset}
-    named |= _segment_arrays(segment_ids) | _pattern_arrays(pattern)
+    named |= _segment_arrays(segment_ids) | _pattern_arrays(pattern) | (arrays or {})
     xp, device = read_namespace(named, reasons)
     q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons)
     acc = accumulation_dtype(q, xp)
@@ -670,6 +697,12 @@ def read_state(
     reasons.check()
 
 
+SELECT, PER, SCORE = ("keys", "blocks"), ("query", "block", "group"), ("mean", "bound", "best")
+
+#: Blocks chosen by default.
+BLOCKS = 8
+
+
 def read_sparse(
     q: Array,
     k: Array,
@@ -680,28 +713,103 @@ def read_sparse(
     route: object,
     select: object,
     per: object,
+    score: object = "mean",
+    block_scores: object = None,
+    always: object = None,
+    return_selection: object = False,
     **shared: Any,
 ) -> tuple[SoftmaxInputs, Choice]:
     """Read the arguments of sparse attention; `shared` are those of the whole family."""
-    choices: list[Choice] = []
+    read: dict[str, Any] = {}
 
     def read_choice(reasons: Reasons, nk: int) -> None:
         root = math.isqrt(nk - 1) + 1 if nk else 1
+        read["what"] = read_word("select", select, SELECT, reasons)
+        read["per"] = read_word("per", per, PER, reasons)
+        read["score"] = read_word("score", score, SCORE, reasons)
         block = root if block_size is None else read_count("block_size", block_size, reasons, low=1)
-        count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
-        blocks = None if route is None else read_count("route", route, reasons, low=0)
-        for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
-            if not isinstance(value, str) or value not in known:
-                expected = ", ".join(map(repr, known))
-                reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
-        block, count = max(min(block, nk), 1), min(count, nk)
-        # Every block may be another one: a position outside the keys has no own block.
-        others = -(-nk // block)
-        searched = (others if blocks is None else min(blocks, others)) if count else 0
-        choices.append(Choice(block, count, searched, searched > 0 and searched == others))
+        usual = root if read["what"] == "keys" else BLOCKS
+        read["count"] = usual if top_k is None else read_count("top_k", top_k, reasons, low=0)
+        read["route"] = None if route is None else read_count("route", route, reasons, low=0)
+        read["block"] = max(min(block, nk), 1)
+        read["selection"] = read_flag("return_selection", return_selection, reasons)
+        if always is not None and not isinstance(always, Pattern):
+            reasons.add(TypeError, f"always: expected an arrattn Pattern, got {describe(always)}")
+        if block_scores is not None and score != "mean":
+            reasons.add(
+                ValueError,
+                f"score: expected to be left out where block_scores are given, got {score!r}",
+            )
 
-    call = read_softmax("sparse_attention", q, k, v, also=read_choice, **shared)
-    return call, choices[0]
+    arrays = _pattern_arrays(always, "always") | {"block_scores": block_scores}
+    call = read_softmax("sparse_attention", q, k, v, also=read_choice, arrays=arrays, **shared)
+    (nq, nk), what, block, count = call.lengths, read["what"], read["block"], read["count"]
+    blocks = -(-nk // block)
+    # Every block may be another one: a position outside the keys has no own block.
+    searched = count if what == "blocks" else blocks if read["route"] is None else read["route"]
+    searched = min(searched, blocks) if count else 0
+    choice = Choice(
+        block=block,
+        top_k=min(count, nk),
+        route=searched,
+        # Blocks are routed all the same where their scores can forbid some.
+        exhaustive=what == "keys"
+        and 0 < searched == blocks
+        and (block_scores is None or read["route"] is None),
+        select=what,
+        per=read["per"],
+        score="given" if block_scores is not None else read["score"],
+        queries=nq,
+        query_blocks=_query_blocks(nq, block, call.offset),
+        selection=read["selection"],
+    )
+    reasons = Reasons("sparse_attention")
+    reasons.arrays = {"q": q, "k": k, "v": v}
+    beside = always if isinstance(always, Pattern) else None
+    if beside is not None:
+        reasons.values([f"always: {text}" for text in beside.problems(nq, nk, call.batch)])
+    scores = _read_block_scores(block_scores, call, choice, reasons)
+    reasons.check()
+    return call._replace(always=beside, block_scores=scores), choice
+
+
+def _query_blocks(nq: int, size: int, offset: int | Array) -> int:
+    """How many blocks the queries' positions lie in; the most, where offsets differ."""
+    if nq == 0:
+        return 0
+    if not isinstance(offset, int):
+        return (nq + size - 2) // size + 1
+    return (offset + nq - 1) // size - offset // size + 1
+
+
+def _read_block_scores(
+    x: Any, call: SoftmaxInputs, choice: Choice, reasons: Reasons
+) -> Array | None:
+    if x is None:
+        return None
+    if not is_array(x) or dtype_name(x.dtype) not in FLOATS:
+        reasons.add(
+            TypeError,
+            f"block_scores: expected an array of {' or '.join(FLOATS)}, got {describe(x)}",
+        )
+        return None
+    (hkv, g), (nq, nk) = call.heads, call.lengths
+    blocks = -(-nk // choice.block)
+    shape = (1,) * (3 - x.ndim) + tuple(x.shape)
+    *batch, heads, rows, columns = shape
+    all_rows = {1, nq} | ({choice.query_blocks} if choice.per == "block" else set())
+    fits = heads in {1, hkv, hkv * g} and rows in all_rows and columns == blocks
+    if not fits or not _broadcasts(tuple(batch), call.batch):
+        also = f" or {choice.query_blocks} query blocks" if choice.per == "block" else ""
+        reasons.add(
+            ValueError,
+            f"block_scores: expected a shape that broadcasts to (..., Hq, Nq, blocks) = "
+            f"{(*call.batch, hkv * g, nq, blocks)}{also}, with all {blocks} blocks of "
+            f"{choice.block} keys, got {tuple(x.shape)}",
+        )
+        return None
+    per_head = (hkv, g) if heads == hkv * g else (heads, 1)
+    return call.xp.reshape(x, (*batch, *per_head, rows, columns))
 
 
 def read_local(

@@ -214,6 +214,8 @@ def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
         bias=None if call.bias is None else pick_item(call.bias, b, 4),
         offset=offset if isinstance(offset, int) else int(pick_item(offset, b, 4).item()),
         pattern=_picked(pattern, partial(pick_item, b=b)),
+        always=_picked(call.always, partial(pick_item, b=b)),
+        block_scores=None if call.block_scores is None else pick_item(call.block_scores, b, 4),
         batch=(),
     )
 
@@ -231,6 +233,8 @@ def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
         bias=None if call.bias is None else pick(call.bias, 4),
         sinks=None if call.sinks is None else call.sinks[h : h + 1],
         pattern=_picked(call.pattern, pick),
+        always=_picked(call.always, pick),
+        block_scores=None if call.block_scores is None else pick(call.block_scores, 4),
     )
 
 

@@ -28,6 +28,7 @@ class _Static(NamedTuple):
     extra: Hashable
     xp: Any
     pattern: Pattern | None
+    always: Pattern | None
     offset: int | None
     scale: float
     softcap: float | None
@@ -46,12 +47,14 @@ def traced(
     """
     arrays: list[Array] = []
     skeleton = patterns.detach(call.pattern, arrays)
+    always = patterns.detach(call.always, arrays)
     known = isinstance(call.offset, int)
     static = _Static(
         run,
         extra,
         call.xp,
         skeleton,
+        always,
         call.offset if known else None,
         call.scale,
         call.softcap,
@@ -59,7 +62,7 @@ def traced(
         call.batch,
     )
     operands = (
-        (call.q, call.k, call.v, call.bias, call.sinks),
+        (call.q, call.k, call.v, call.bias, call.sinks, call.block_scores),
         None if known else call.offset,
         tuple(arrays),
         tables,
@@ -68,7 +71,7 @@ def traced(
 
 
 def _run_traced(static: _Static, operands: Any) -> Any:
-    (q, k, v, bias, sinks), offset, arrays, tables = operands
+    (q, k, v, bias, sinks, block_scores), offset, arrays, tables = operands
     call = SoftmaxInputs(
         xp=static.xp,
         device=None,
@@ -78,6 +81,8 @@ def _run_traced(static: _Static, operands: Any) -> Any:
         bias=bias,
         sinks=sinks,
         pattern=patterns.attach(static.pattern, arrays),
+        always=patterns.attach(static.always, arrays),
+        block_scores=block_scores,
         offset=offset if static.offset is None else static.offset,
         scale=static.scale,
         softcap=static.softcap,
@@ -139,20 +144,28 @@ def block_dtype(dtype: Any, xp: Any) -> Any:
 
 
 def blockwise(
-    run: Callable[[SoftmaxInputs], tuple[Array, Array]], call: SoftmaxInputs
-) -> tuple[Array, Array]:
+    run: Callable[[SoftmaxInputs], tuple[Array, ...]],
+    call: SoftmaxInputs,
+    more: tuple[tuple[tuple[int, ...], Any], ...] = (),
+) -> tuple[Array, ...]:
     """
     ``run`` on each block of batch items and heads of a lazy call, when it is computed.
 
     A block holds its items' queries and keys whole, and is planned with its real values.
+    `more` are the trailing sizes and dtypes of what it gives beside output and log-sum-exp.
     """
     (hkv, g), (nq, _), dv = call.heads, call.lengths, call.v.shape[-1]
+    sizes = [(g, nq, dv), (g, nq), *(size for size, _ in more)]
+    dtypes = [call.acc, call.acc, *(dtype for _, dtype in more)]
     if 0 in (*call.batch, hkv, g):
-        shape = (*call.batch, hkv, g, nq)
-        zeros = call.xp.zeros((*shape, dv), dtype=call.acc)
-        return zeros, call.xp.zeros(shape, dtype=call.acc)
+        lead = (*call.batch, hkv)
+        return tuple(
+            call.xp.zeros((*lead, *size), dtype=dtype)
+            for size, dtype in zip(sizes, dtypes, strict=True)
+        )
     own: list[Array] = []
     skeleton = patterns.detach(call.pattern, own)
+    always = patterns.detach(call.always, own)
     layout: list[int] = []
 
     def note_layout(x: Array, trailing: int) -> Array:
@@ -160,6 +173,7 @@ def blockwise(
         return x
 
     patterns.pick(call.pattern, note_layout)
+    patterns.pick(call.always, note_layout)
     offset = None if isinstance(call.offset, int) else call.offset
     pieces = [
         Piece(call.q, 3),
@@ -167,14 +181,17 @@ def blockwise(
         Piece(call.v, 2),
         Piece(call.bias, 3),
         Piece(call.sinks, 3),
+        Piece(call.block_scores, 3),
         Piece(offset, 4, has_head=False),
         *(Piece(x, min(n, 3), has_head=n == 4) for x, n in zip(own, layout, strict=True)),
     ]
-    bare = call._replace(q=None, k=None, v=None, bias=None, sinks=None, pattern=None)
+    bare = call._replace(q=None, k=None, v=None, bias=None, sinks=None, pattern=None, always=None)
     known = call.offset if offset is None else None
-    bare = bare._replace(offset=0)
+    bare = bare._replace(offset=0, block_scores=None)
 
-    def on_block(q: Array, k: Array, v: Array, bias: Any, sinks: Any, at: Any, *held: Array) -> Any:
+    def on_block(
+        q: Array, k: Array, v: Array, bias: Any, sinks: Any, scores: Any, at: Any, *held: Array
+    ) -> Any:
         xp = compat.array_namespace(q)
         block = bare._replace(
             xp=xp,
@@ -184,12 +201,13 @@ def blockwise(
             v=v,
             bias=bias,
             sinks=sinks,
+            block_scores=scores,
             offset=at if known is None else known,
             pattern=patterns.attach(skeleton, held),
+            always=patterns.attach(always, held),
             batch=np.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3]),
             acc=block_dtype(bare.acc, xp),
         )
         return run(block)
 
-    out, lse = on_blocks(on_block, pieces, [(g, nq, dv), (g, nq)], [call.acc, call.acc])
-    return out, lse
+    return on_blocks(on_block, pieces, sizes, dtypes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
+
 from arrattn._core import loops
 from arrattn._core.typing import Array, Device, Namespace
 
@@ -57,6 +59,20 @@ def gather_last(x: Array, index: Array, *, xp: Namespace) -> Array:
     flat = xp.reshape(rows, (*lead, 1)) * x.shape[-1] + index
     taken = xp.take(xp.reshape(x, (-1,)), xp.reshape(flat, (-1,)), axis=0)
     return xp.reshape(taken, flat.shape)
+
+
+def take_rows(x: Array, i: Array, *, xp: Namespace) -> Array:
+    """
+    Rows ``i (..., n, 1)`` of ``x (..., N, D)``; leading axes broadcast.
+    """
+    *lead, n, d = x.shape
+    lead = list(np.broadcast_shapes(tuple(lead), tuple(i.shape[:-2])))
+    if n == 0:
+        return xp.broadcast_to(x[..., :0, :], (*lead, 0, d))
+    x = xp.reshape(xp.broadcast_to(x, (*lead, n, d)), (math.prod(lead) * n, d))
+    lanes = xp.arange(math.prod(lead), dtype=i.dtype, device=loops.device_of(x))
+    rows = xp.reshape(lanes, (*lead, 1, 1)) * n + i
+    return xp.reshape(xp.take(x, xp.reshape(rows, (-1,)), axis=0), (*lead, i.shape[-2], d))
 
 
 def stack_tiles(x: Array, size: int, xp: Namespace) -> Array:
@@ -149,28 +165,38 @@ class TilePairs(_Rows):
         return take_range(rows, self.j0, self.nk, axis=-1, xp=self.xp)
 
 
-class ChosenPairs(_Rows):
-    """A range of queries, each with keys of its own, ``j (..., Hkv, G, nq, m)``."""
+class PickedPairs:
+    """
+    Any pairs: query indices `i` and keys `j`, that broadcast to (..., Hkv, G, nq, m).
 
-    def __init__(
-        self,
-        i0: int | Array,
-        j: Array,
-        offset: int | Array,
-        *,
-        xp: Namespace,
-        device: Device,
-    ) -> None:
-        super().__init__(i0, j.shape[-2], offset, xp=xp, device=device)
-        self.j = j
+    `i` is (nq, 1), or (..., 1, 1, nq, 1) where items of the batch differ; indices are those
+    of queries that are there. `p` are their positions.
+    """
+
+    def __init__(self, i: Array, j: Array, p: Array, *, xp: Namespace, device: Device) -> None:
+        self.i, self.j, self.p, self.xp, self.device = i, j, p, xp, device
+
+    def of_batch(self, x: Array) -> Array:
+        """``(...)`` over the batch axes -> broadcastable to the pairs."""
+        return self.xp.reshape(x, (*x.shape, 1, 1, 1, 1))
+
+    def of_queries(self, x: Array) -> Array:
+        """``(..., Nq)`` -> broadcastable to the pairs."""
+        lifted = self.xp.reshape(x, (*x.shape[:-1], 1, 1, 1, x.shape[-1]))
+        return gather_last(lifted, self.i, xp=self.xp)
 
     def of_keys(self, x: Array) -> Array:
+        """``(..., Nk)`` -> broadcastable to the pairs."""
         lifted = self.xp.reshape(x, (*x.shape[:-1], 1, 1, 1, x.shape[-1]))
         return gather_last(lifted, self.j, xp=self.xp)
 
     def of_pairs(self, x: Array) -> Array:
-        rows = take_range(x, self.i0, self.nq, axis=-2, xp=self.xp)
-        return rows if x.shape[-1] == 1 else gather_last(rows, self.j, xp=self.xp)
+        """``(..., Hkv, G, Nq, Nk)``, any of them 1 -> broadcastable to the pairs."""
+        *lead, rows, columns = x.shape
+        index = self.xp.zeros_like(self.i) if rows == 1 else self.i * columns
+        index = index + (self.xp.zeros_like(self.j[..., :1]) if columns == 1 else self.j)
+        flat = self.xp.reshape(x, (*lead, 1, rows * columns))
+        return gather_last(flat, index, xp=self.xp)
 
 
 def group_matmul(rows: Array, keys: Array, *, xp: Namespace, slot: str | None = None) -> Array:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -177,6 +178,9 @@ def sparse_attention(
     route: int | None = 8,
     select: str = "keys",
     per: str = "query",
+    score: str = "mean",
+    block_scores: Array | None = None,
+    always: Any = None,
     mask: Array | None = None,
     bias: Array | None = None,
     is_causal: bool = False,
@@ -187,17 +191,28 @@ def sparse_attention(
     q_offset: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
+    return_selection: bool = False,
     **rest: Any,
 ) -> Any:
     r"""
     Softmax attention over a query's own block and the best keys elsewhere.
 
     With blocks of `block_size` keys, query `i` sees those keys of the block of `p` that
-    are visible to it, and of the other visible keys the `top_k` with the highest scores
-    among the `route` best blocks: those with the highest
-    :math:`\mathrm{scale}\; q_i \cdot \bar k_b`, :math:`\bar k_b` the mean of the keys of
-    block `b` that any query of the head sees.
-    Ties go to the lower index. Block means as a guide are those of [1]_.
+    are visible to it, those that `always` shows it, and of the other visible keys
+
+    - with ``select="keys"``, the `top_k` with the highest scores among the `route` best blocks;
+    - with ``select="blocks"``, those of the `top_k` best blocks.
+
+    A block can be chosen if it holds such a key. Its score is
+
+    - "mean": :math:`\mathrm{scale}\; q_i \cdot \bar k_b`, :math:`\bar k_b` the mean of its keys
+      that any query of the head sees [1]_;
+    - "bound": :math:`\sum_c \max_j\, \mathrm{scale}\; q_{ic} k_{jc}` over the same keys [2]_;
+    - "best": the highest score of the keys that could be chosen;
+    - given, as `block_scores`; ``-inf`` forbids the block.
+
+    Where several queries choose together, a score is the sum over those of them for whom
+    the block, or the key, can be chosen. Ties go to the lower index.
 
     Parameters
     ----------
@@ -210,63 +225,81 @@ def sparse_attention(
     block_size : int, optional
         Keys per block. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
-        Keys chosen outside the own block. Default: ``ceil(sqrt(Nk))``.
+        Keys chosen outside the own block, ``ceil(sqrt(Nk))`` by default, or blocks, 8.
     route : int or None, default: 8
-        Blocks searched, the own one not counted; None searches all.
-    select : str, default: "keys"
-        What is chosen; only "keys" is defined.
-    per : str, default: "query"
-        For whom it is chosen; only "query" is defined: every query of every head.
+        Blocks searched for keys, the own one not counted; None searches all.
+    select : {"keys", "blocks"}, default: "keys"
+        What is chosen.
+    per : {"query", "block", "group"}, default: "query"
+        Who chooses: every query of every head, the queries of a head whose positions lie in
+        one block, or the query heads that share a key head.
+    score : {"mean", "bound", "best"}, default: "mean"
+        What a block is chosen by.
+    block_scores : array, shape (..., Hq | Hkv | 1, Nq | query blocks | 1, blocks), optional
+        Scores of blocks; those with one row for all who choose together are not summed.
+    always : Pattern, optional
+        What is seen beside the own block.
     mask, bias, is_causal, window, kv_lengths, segment_ids, pattern : optional
         Who sees whom, as in `softmax_attention`.
     q_offset, scale, softcap : optional
         Positions and scores, as in `softmax_attention`.
+    return_selection : bool, default: False
+        Whether the indices chosen come along: ascending, then -1.
     **rest : object
         `sinks` and `return_lse`, as in `softmax_attention`.
 
     Returns
     -------
     array, or tuple of arrays
-        As from `softmax_attention`.
+        As from `softmax_attention`, and the selection.
 
     References
     ----------
     .. [1] Lu et al., MoBA: mixture of block attention, 2025, arXiv:2502.13189.
+    .. [2] Tang et al., Quest: query-aware sparsity for efficient long-context LLM inference,
+       2024, arXiv:2406.10774.
     """
-    if (select, per) != ("keys", "query"):
-        msg = f"expected select='keys' and per='query', got {select!r} and {per!r}"
-        raise ValueError(msg)
     xp = array_namespace(q, k, v)
     q_, k_, _ = (per_query_head(x, q, xp) for x in read(q, k, v, xp))
     nq, nk = q_.shape[-2], k_.shape[-2]
     size = block_size or _ceil_sqrt(nk)
+    shape = (*q_.shape[:-1], nk)
     scores = _scores(q_, k_, scale, softcap, bias, xp)
-    visible = visible_pairs(
-        (*q_.shape[:-1], nk),
-        mask,
-        bias,
-        is_causal,
-        window,
-        kv_lengths,
-        segment_ids,
-        pattern,
-        q_offset,
-        xp=xp,
-        on=device_of(q),
-    )
-
+    hidden_by = (mask, bias, is_causal, window, kv_lengths, segment_ids, pattern, q_offset)
+    visible = visible_pairs(shape, *hidden_by, xp=xp, on=device_of(q))
     p = positions(nq, nk, kv_lengths, q_offset, xp, device_of(q))  # (..., 1, Nq, 1)
     j = xp.arange(nk, device=device_of(q))
-    own = visible & (p >= 0) & (p < nk) & (p // size == j // size)
-    elsewhere = visible & ~own
-    if route is not None:
-        block_scores = _block_scores(q_, k_, visible, size, scale, xp)
-        holds_one = _any_in_block(elsewhere, size, xp)  # (..., Hq, Nq, blocks)
-        searched = _best(block_scores, holds_one, route, xp)
-        elsewhere = elsewhere & xp.take(searched, j // size, axis=-1)
-    chosen = _best(scores, elsewhere, _ceil_sqrt(nk) if top_k is None else top_k, xp)
-    seen = own | chosen
-    return softmax_attention(
+    own = (p >= 0) & (p < nk) & (p // size == j // size)
+    if always is not None:
+        none = (None, None, False, None, kv_lengths, None, always, q_offset)
+        own = own | visible_pairs(shape, *none, xp=xp, on=device_of(q))
+    seen, elsewhere = visible & own, visible & ~own
+
+    heads = (q_.shape[-3], k.shape[-3] if k.ndim > 2 else 1)
+    together = _Together(per, heads, p // size, _query_blocks(nq, size, q_offset, kv_lengths, nk))
+    holds_one = _any_in_block(elsewhere, size, xp)  # (..., Hq, Nq, blocks)
+    if block_scores is not None:
+        pooled = together.given(block_scores, holds_one, xp)
+    elif score == "best":
+        pooled = together.sum(_best_in_block(scores, elsewhere, size, xp), holds_one, xp)
+    else:
+        found = _block_scores(q_, k_, visible, size, scale, score, xp)
+        pooled = together.sum(found, holds_one, xp)
+    could = together.any(holds_one, xp) & ~(pooled == -math.inf)
+    if select == "blocks":
+        count = min(8 if top_k is None else top_k, holds_one.shape[-1])
+        chosen = _best(pooled, could, count, xp)
+        keys = xp.take(together.each(chosen, holds_one, xp), j // size, axis=-1)
+        seen = seen | (elsewhere & keys)
+    else:
+        if route is not None:
+            searched = together.each(_best(pooled, could, route, xp), holds_one, xp)
+            elsewhere = elsewhere & xp.take(searched, j // size, axis=-1)
+        count = min(_ceil_sqrt(nk) if top_k is None else top_k, nk)
+        pooled = together.sum(scores, elsewhere, xp)
+        chosen = _best(pooled, together.any(elsewhere, xp), count, xp)
+        seen = seen | (elsewhere & together.each(chosen, elsewhere, xp))
+    out = softmax_attention(
         q,
         k,
         v,
@@ -276,6 +309,80 @@ def sparse_attention(
         softcap=softcap,
         **rest,
     )
+    if not return_selection:
+        return out
+    n = chosen.shape[-1]
+    index = xp.arange(n, device=device_of(q))
+    index = xp.sort(xp.where(chosen, index, xp.full_like(index, n)), axis=-1)[..., :count]
+    index = xp.where(index == n, xp.full_like(index, -1), index)
+    index = index[..., 0, :, :] if q.ndim == 2 else index
+    return (*out, index) if isinstance(out, tuple) else (out, index)
+
+
+class _Together:
+    """
+    Who chooses together.
+
+    Parameters
+    ----------
+    per : str
+        "query", "block" or "group".
+    heads : tuple of (int, int)
+        Query heads and key heads.
+    block : array of int, shape (..., 1, Nq, 1)
+        The block of every query's position.
+    n_blocks : int
+        How many of them there are, from the first query's on.
+    """
+
+    def __init__(self, per: str, heads: tuple[int, int], block: Array, n_blocks: int) -> None:
+        self.per, self.n_blocks = per, n_blocks
+        self.heads = (heads[1], heads[0] // max(heads[1], 1))
+        self.block = block - block[..., :1, :]
+
+    def sum(self, scores: Array, of: Array, xp: Namespace) -> Array:
+        """Add up the scores `of` those who may choose."""
+        return self._reduced(xp.where(of, scores, 0.0), xp.sum, xp)
+
+    def any(self, of: Array, xp: Namespace) -> Array:
+        """Tell whether any of them may."""
+        return self._reduced(of, xp.any, xp)
+
+    def _reduced(self, x: Array, reduce: Any, xp: Namespace) -> Array:
+        if self.per == "group":
+            grouped = xp.reshape(x, (*x.shape[:-3], *self.heads, *x.shape[-2:]))
+            return reduce(grouped, axis=-3)
+        if self.per == "block":
+            none = xp.zeros_like(x)
+            rows = [
+                reduce(xp.where(self.block == b, x, none), axis=-2) for b in range(self.n_blocks)
+            ]
+            return xp.stack(rows, axis=-2) if rows else x
+        return x
+
+    def given(self, scores: Array, of: Array, xp: Namespace) -> Array:
+        """Add up scores that were given, but for those that are given for all together."""
+        scores = scores[(None,) * max(3 - scores.ndim, 0)]
+        (hkv, g), (lead, n) = self.heads, (of.shape[:-3], of.shape[-1])
+        if self.per == "group" and scores.shape[-3] in {1, hkv}:
+            return xp.broadcast_to(scores, (*lead, hkv, of.shape[-2], n))
+        if scores.shape[-3] == hkv:
+            scores = xp.take(scores, xp.arange(hkv * g, device=device_of(scores)) // g, axis=-3)
+        if self.per == "block" and scores.shape[-2] in {1, self.n_blocks}:
+            return xp.broadcast_to(scores, (*lead, hkv * g, self.n_blocks, n))
+        return self.sum(xp.broadcast_to(scores, of.shape), of, xp)
+
+    def each(self, chosen: Array, like: Array, xp: Namespace) -> Array:
+        """Hand what was chosen to all who chose it."""
+        if self.per == "group":
+            shape = (*chosen.shape[:-2], self.heads[1], *chosen.shape[-2:])
+            return xp.reshape(xp.broadcast_to(chosen[..., None, :, :], shape), like.shape)
+        if self.per == "block":
+            out = xp.zeros(like.shape, dtype=xp.bool, device=device_of(like))
+            for b in range(self.n_blocks):
+                out = out | ((self.block == b) & chosen[..., b : b + 1, :])
+            return out
+        return chosen
 
 
 def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -337,12 +444,12 @@ def _best(scores: Array, allowed: Array, count: int, xp: Namespace) -> Array:
     return allowed & (rank < count)
 
 
-def _in_blocks(x: Array, size: int, axis: int, xp: Namespace) -> Array:
-    """Cut the last axis, or the last but one, into blocks; zeros fill up the last block."""
+def _in_blocks(x: Array, size: int, axis: int, xp: Namespace, fill: float = 0) -> Array:
+    """Cut the last axis, or the last but one, into blocks; `fill` fills up the last."""
     n = x.shape[axis]
     blocks = -(-n // size)
     gap = (*x.shape[:axis], blocks * size - n, *(x.shape[-1:] if axis == -2 else ()))
-    x = xp.concat([x, xp.zeros(gap, dtype=x.dtype, device=device_of(x))], axis=axis)
+    x = xp.concat([x, xp.full(gap, fill, dtype=x.dtype, device=device_of(x))], axis=axis)
     return xp.reshape(x, (*x.shape[:axis], blocks, size, *(x.shape[-1:] if axis == -2 else ())))
 
 
@@ -351,13 +458,47 @@ def _any_in_block(table: Array, size: int, xp: Namespace) -> Array:
     return xp.any(_in_blocks(table, size, -1, xp), axis=-1)
 
 
+def _best_in_block(scores: Array, allowed: Array, size: int, xp: Namespace) -> Array:
+    """Find the highest score allowed in every block, NaN first; -inf where there is none."""
+    scores = xp.where(xp.isnan(scores), math.inf, scores)
+    scores = _in_blocks(xp.where(allowed, scores, -math.inf), size, -1, xp, fill=-math.inf)
+    return xp.max(scores, axis=-1)
+
+
 def _block_scores(
-    q: Array, k: Array, visible: Array, size: int, scale: float | None, xp: Namespace
+    q: Array,
+    k: Array,
+    visible: Array,
+    size: int,
+    scale: float | None,
+    score: str,
+    xp: Namespace,
 ) -> Array:
-    """Score the mean of every block's finite keys, (..., Hq, Nq, blocks)."""
+    """Score the mean, or the bounds, of every block's finite keys, (..., Hq, Nq, blocks)."""
     seen = xp.any(visible, axis=-2)  # (..., Hq, Nk): by some query of the head
     seen = seen & xp.all(xp.isfinite(k), axis=-1)
-    total = xp.sum(_in_blocks(xp.where(seen[..., None], k, 0.0), size, -2, xp), axis=-2)
     count = xp.sum(_in_blocks(xp.astype(seen, k.dtype), size, -1, xp), axis=-1)
+    if score == "bound":
+        seen = _in_blocks(xp.astype(seen, k.dtype), size, -1, xp)[..., None] > 0
+        k = _in_blocks(k, size, -2, xp)
+        low = xp.min(xp.where(seen, k, math.inf), axis=-2)
+        high = xp.max(xp.where(seen, k, -math.inf), axis=-2)
+        low, high = (xp.where(count[..., None] == 0, 0.0, x) for x in (low, high))
+        x = q * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+        up, down = xp.where(x > 0, x, 0.0), xp.where(x < 0, x, 0.0)
+        return up @ xp.matrix_transpose(high) + down @ xp.matrix_transpose(low)
+    total = xp.sum(_in_blocks(xp.where(seen[..., None], k, 0.0), size, -2, xp), axis=-2)
     mean = total / xp.where(count == 0, 1.0, count)[..., None]
     return _scores(q, mean, scale, None, None, xp)
+
+
+def _query_blocks(nq: int, size: int, q_offset: Any, kv_lengths: Any, nk: int) -> int:
+    """Count the blocks that the queries' positions lie in; at most, where offsets differ."""
+    offset: Any = q_offset
+    if offset is None:
+        offset = (nk if kv_lengths is None else kv_lengths) - nq
+    if not nq:
+        return 0
+    if not isinstance(offset, Integral):
+        return (nq + size - 2) // size + 1
+    return int((offset + nq - 1) // size - offset // size) + 1
