@@ -24,7 +24,6 @@ from arrattn._core.tiles import (
 )
 from arrattn._core.typing import Array, Namespace
 
-
 #: Up to so many of a row are found one by one.
 FEW = 16
 

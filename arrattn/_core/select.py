@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arrattn import patterns
-from arrattn._core import engine, fold, jobs, loops, online_softmax, routing, staging
+from arrattn._core import (
+    engine,
+    fold,
+    jobs,
+    loops,
+    online_softmax,
+    routing,
+    sparse_jobs,
+    staging,
+)
 from arrattn._core.grouped import Grouping, group, grouped_matmul
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import make_plan
@@ -74,7 +83,10 @@ def attend_selected(
 
 def _selected(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, ...]:
     """Attention to the own block and to what is chosen, without what is always seen."""
-    schedule = _SCHEDULES[loops.schedule(call.xp)]
+    kind = loops.schedule(call.xp)
+    if kind == "threads" and rows is None and sparse_jobs.takes(choice):
+        return sparse_jobs.attend(call, choice)
+    schedule = _SCHEDULES[kind]
     if choice.per != "block":
         return schedule(call, choice, rows)
     out, lse, *rest = schedule(by_query_blocks(call, choice), choice, rows)

@@ -501,4 +501,5 @@ def _query_blocks(nq: int, size: int, q_offset: Any, kv_lengths: Any, nk: int) -
         return 0
     if not isinstance(offset, Integral):
         return (nq + size - 2) // size + 1
-    return int((offset + nq - 1) // size - offset // size) + 1
+    first = int(offset)
+    return (first + nq - 1) // size - first // size + 1
