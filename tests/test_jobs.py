@@ -81,6 +81,34 @@ def test_what_hidden_keys_hold_changes_no_bit_of_a_few_rows(n: int) -> None:
             np.testing.assert_array_equal(attention(q, k, v, **options)[:, :-1], clean[:, :-1])
 
 
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e6])
+def test_what_hidden_keys_hold_changes_no_bit_of_the_bands_beside(what: float) -> None:
+    q, k, v = standard_normal(1100)
+    clean = attention(q, k, v, window=(40, 20))
+    k[:, 500] = what
+    dirty = attention(q, k, v, window=(40, 20))
+    blind = np.abs(np.arange(1100) - 510) > 30
+    np.testing.assert_array_equal(dirty[:, blind], clean[:, blind])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_that_grow_change_no_bit_of_other_rows(*, causal: bool) -> None:
+    q, k, v = standard_normal(1500)
+    q *= 30
+    k *= np.linspace(1, 20, 1500, dtype=np.float32)[None, :, None]
+    clean = attention(q, k, v, is_causal=causal, return_lse=True)
+    expected = softmax_attention(
+        *(x.astype(np.float64) for x in (q, k, v)), is_causal=causal, return_lse=True
+    )
+    # Scores are in the thousands: what float32 rounds of them shows.
+    np.testing.assert_allclose(clean[0], expected[0], atol=5e-3)
+    np.testing.assert_allclose(clean[1], expected[1], rtol=1e-5)
+    calm = q.copy()
+    calm[:, ::2] /= 1000
+    for x, y in zip(clean, attention(calm, k, v, is_causal=causal, return_lse=True), strict=True):
+        np.testing.assert_array_equal(x[:, 1::2], y[:, 1::2])
+
+
 @pytest.mark.parametrize(("times_q", "times_k"), [(1e-25, 3e27), (3e27, 1e-25), (0, 3e30)])
 def test_norms_that_leave_float32_on_the_way(times_q: float, times_k: float) -> None:
     q, k, v = standard_normal(600)

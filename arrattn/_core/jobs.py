@@ -379,7 +379,7 @@ class Head:
         call, reach = self.call, self.reach()
         spans = [_windows(reach, strip, run) for run in strip.runs]
         rows = gather.Rows(q, call.scale, call.v.shape[-1], call.acc)
-        rows.choose([span for span, run in zip(spans, strip.runs, strict=True) if not run.hide])
+        rows.choose([self._common(strip, *pair) for pair in zip(strip.runs, spans, strict=True)])
         rest = None if call.sinks is None else self._empty(out.shape)
         raw = None
         for run, span in zip(strip.runs, spans, strict=True):
@@ -430,6 +430,15 @@ class Head:
         step = (strip.rows * kt.strides[1], *kt.strides)
         return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
 
+    def _common(self, strip: Strip, run: Run, span: Array) -> Array:
+        """What `span` holds for keys that every row of the strip sees, or some of those."""
+        if not run.hide:
+            return span
+        pattern: Any = self.call.pattern
+        if pattern.relative and strip.tiles == 1:
+            return span[:, self._look(strip, run).common]
+        return span[:, :0]
+
     def _look(self, strip: Strip, run: Run) -> Look:
         call, at, m = self.call, self.call.offset, run.j1 - run.j0
         pattern: Any = call.pattern
@@ -437,7 +446,7 @@ class Head:
             return _relative_look(pattern, strip.i0 + at - run.j0, strip.rows, m, call.acc)
         pairs = TilePairs(strip.i0, strip.rows, run.j0, m, at, xp=np, device=None)
         every = (0, strip.rows)
-        return Look(every, every, pattern.visible(pairs).astype(call.acc))
+        return Look(every, every, pattern.visible(pairs).astype(call.acc), slice(0))
 
 
 # Calls of one shape need the same few, again and again.
@@ -456,7 +465,9 @@ def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
 
     partly = rows(some & ~every)
     pairs = TilePairs(partly[0], partly[1] - partly[0], 0, m, at, xp=np, device=None)
-    return Look(rows(some), partly, pattern.visible(pairs).astype(acc))
+    visible = pattern.visible(pairs)
+    common = np.broadcast_to(visible.all(axis=-2) & some.all(), (m,))
+    return Look(rows(some), partly, visible.astype(acc), np.flatnonzero(common))
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
