@@ -55,7 +55,9 @@ def standard_normal(n: int, m: int | None = None, *, heads: int = 1, d: int = 16
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, None])
-@pytest.mark.parametrize(("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40)])
+@pytest.mark.parametrize(
+    ("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40), (1, 12)]
+)
 def test_what_hidden_keys_hold_changes_no_bit(
     scale: float | None, times_q: float, times_k: float
 ) -> None:
