@@ -75,7 +75,9 @@ def log_decay(
 
 
 @st.composite
-def decayed_cases(draw: st.DrawFn, maps: tuple[str, ...] = MAPS) -> Case:
+def decayed_cases(
+    draw: st.DrawFn, maps: tuple[str, ...] = MAPS, *, state: bool = True
+) -> Case:
     """Draw a call of linear attention with decay; the map by its name."""
     q, k, v = draw(gated_shapes())
     seed = draw(st.integers(0, 999))
@@ -91,7 +93,7 @@ def decayed_cases(draw: st.DrawFn, maps: tuple[str, ...] = MAPS) -> Case:
     if draw(st.booleans()):
         options |= {"normalize": False, "scale": draw(st.sampled_from((0.7, -2.0)))}
     draw_tokens(draw, case, rng)
-    if "segment_ids" not in options and draw(st.booleans()):
+    if state and "segment_ids" not in options and draw(st.booleans()):
         lead = (*case.batch, *case.v.shape[-3:-2])
         z = np.abs(rng.normal(size=(*lead, width)))
         options["initial_state"] = LinearState(rng.normal(size=(*z.shape, case.v.shape[-1])), z)
@@ -99,7 +101,7 @@ def decayed_cases(draw: st.DrawFn, maps: tuple[str, ...] = MAPS) -> Case:
 
 
 @st.composite
-def delta_cases(draw: st.DrawFn) -> Case:
+def delta_cases(draw: st.DrawFn, *, state: bool = True) -> Case:
     """Draw a call of delta attention, its keys of length 1."""
     q, k, v = draw(gated_shapes())
     seed = draw(st.integers(0, 999))
@@ -117,7 +119,7 @@ def delta_cases(draw: st.DrawFn) -> Case:
         case.options["log_decay"] = log_decay(draw, case, case.q.shape[-1], rng)
     case.options["scale"] = draw(st.sampled_from((1.0, -0.5)))
     draw_tokens(draw, case, rng)
-    if "segment_ids" not in case.options and draw(st.booleans()):
+    if state and "segment_ids" not in case.options and draw(st.booleans()):
         shape = (*case.batch, *heads, case.k.shape[-1], case.v.shape[-1])
         case.options["initial_state"] = DeltaState(rng.normal(size=shape))
     return case

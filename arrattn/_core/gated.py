@@ -89,7 +89,7 @@ class Sequence(NamedTuple):
     k: Array  # (..., Hkv, T, D)
     v: Array  # (..., Hkv, T, Dv)
     mask: Array | None  # (..., Hkv | 1, T)
-    decay: Array | None  # (..., Hkv | 1, T, Dphi | 1)
+    decay: Array | None  # (..., Hkv | 1, T, Dphi | 1), 0 where no token is
     beta: Array | None  # (..., Hkv | 1, T)
     ids: Array | None  # (..., T)
 
@@ -113,8 +113,17 @@ def _fold(
     return after
 
 
-def _all_tokens(x: Operands, *, queries: bool) -> Sequence:
-    return Sequence(x.q if queries else None, x.k, x.v, x.key_mask, x.log_decay, x.beta, None)
+def _all_tokens(how: How, x: Operands, *, queries: bool) -> Sequence:
+    """The tokens as they come."""
+    decay = _present(x.log_decay, x.key_mask, how.xp)
+    return Sequence(x.q if queries else None, x.k, x.v, x.key_mask, decay, x.beta, None)
+
+
+def _present(log_decay: Array | None, mask: Array | None, xp: Namespace) -> Any:
+    """Absent tokens let no time pass."""
+    if log_decay is None or mask is None:
+        return log_decay
+    return xp.where(mask[..., None], log_decay, 0.0)
 
 
 def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
@@ -124,14 +133,14 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
     nq, nk = x.q.shape[-2], x.k.shape[-2]
     both = min(nq, nk)
     if nk > both:
-        early = _all_tokens(x.keys(0, nk - both), queries=False)
+        early = _all_tokens(how, x.keys(0, nk - both), queries=False)
         memory = _fold(how, x, memory, early, loops.Pieces())
     if nq > both:
         recurrence.read_all(how, x._replace(q=x.q[..., : nq - both, :]), memory, out)
     if both == 0:
         return memory
     rest = x.keys(nk - both, nk)._replace(q=x.q[..., nq - both :, :])
-    return _fold(how, rest, memory, _all_tokens(rest, queries=True), out)
+    return _fold(how, rest, memory, _all_tokens(how, rest, queries=True), out)
 
 
 def _sorted(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
@@ -161,7 +170,7 @@ def _both_ways(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memo
     aligned = x.q.shape[-2] == x.k.shape[-2] and x.lengths is None and x.q_ids is None
     order = None
     if aligned:
-        ahead = _all_tokens(x, queries=True)
+        ahead = _all_tokens(how, x, queries=True)
     else:
         ahead, order = _in_order(how._replace(is_causal=True), x)
     ids = ahead.ids
@@ -171,7 +180,7 @@ def _both_ways(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memo
     back = Sequence(
         *(a if a is None else xp.flip(a, axis=axis) for a, axis in zip(ahead, AXES, strict=True))
     )
-    g = _present(ahead, xp)
+    g: Any = ahead.decay
     later = xp.concat([g[..., 1:, :], xp.zeros_like(g[..., :1, :])], axis=-2)
     back = back._replace(decay=xp.flip(later, axis=-2))
     one, other = loops.Pieces(), loops.Pieces()
@@ -206,12 +215,8 @@ def _in_order(how: How, x: Operands) -> tuple[Sequence, Order]:
         mask = there if mask is None else mask & there
     q = gather_tokens(x.q, order.q, how)
     k, v, g = (taken(a, tail=1) for a in (x.k, x.v, x.log_decay))
+    g = _present(g, mask, how.xp)
     return Sequence(q, k, v, mask, g, taken(x.beta, tail=0), order.ids), order
-
-
-def _present(s: Sequence, xp: Namespace) -> Array:
-    """Decay at the tokens that are there; absent ones let no time pass."""
-    return s.decay if s.mask is None else xp.where(s.mask[..., None], s.decay, 0.0)
 
 
 # -- A span -----------------------------------------------------------------------------------
@@ -277,6 +282,8 @@ def _padded(s: Sequence, more: int, xp: Namespace) -> Sequence:
 
     there = xp.arange(n + more, device=device) < n
     filled = Sequence(*(fill(a, axis) for a, axis in zip(s, AXES, strict=True)))
+    if filled.decay is not None:
+        filled = filled._replace(decay=xp.where(there[:, None], filled.decay, 0.0))
     mask = there if filled.mask is None else filled.mask & there
     return filled._replace(mask=xp.reshape(mask, (1,) * (s.k.ndim - 1 - mask.ndim) + mask.shape))
 
@@ -293,7 +300,7 @@ def _read_gates(
         device = loops.device_of(s.k)
         g = xp.zeros((1,) * (s.k.ndim - 2) + (n, 1), dtype=how.acc, device=device)
     else:
-        g = _present(s._replace(decay=xp.astype(s.decay, how.acc)), xp)
+        g = xp.astype(s.decay, how.acc)
     if beta is not None and s.mask is not None:
         beta = xp.where(s.mask, beta, 0.0)
     if keys.bad is not None:

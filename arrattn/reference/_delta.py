@@ -116,8 +116,6 @@ def delta_attention(
     if not return_state:
         return out
 
-    if nk == 0:
-        return out, _state_like(S0, q)
     left, whole = (xp.exp(x) for x in until_end(g, there, xp))
     S = S0 * xp.matrix_transpose(whole) + xp.matrix_transpose(k_ * left) @ u
     return out, _state_like(S, q)

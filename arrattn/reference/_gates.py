@@ -41,17 +41,20 @@ def between(g: Array, passes: Array, p: Array, xp: Namespace) -> tuple[Array, Ar
     past : array, shape (..., H, Nq, E)
         :math:`G_p`, what is left of all that was before the first key.
     """
-    j = xp.arange(g.shape[-2], device=device_of(g))
-    steps = xp.where(passes[..., None], g[..., None, :, :], 0.0)  # (..., H, Nq, Nk, E)
-    G = xp.cumulative_sum(steps, axis=-2)
-    past = xp.sum(xp.where((j <= p)[..., None], steps, 0.0), axis=-2)
-    return -xp.abs(past[..., None, :] - G), past
+    t = xp.arange(g.shape[-2], device=device_of(g))
+    j, p = t[:, None], p[..., None]
+    gap = ((j < t) & (t <= p)) | ((p < t) & (t <= j))  # (..., 1, Nq, Nk, Nk)
+    # Sums over what lies between, not differences of sums, which would cancel.
+    pairs = xp.astype(gap & passes[..., None, :], g.dtype) @ g[..., None, :, :]
+    past = xp.astype((t <= p[..., 0]) & passes, g.dtype) @ g
+    return pairs, past
 
 
 def until_end(g: Array, there: Array, xp: Namespace) -> tuple[Array, Array]:
     """Sum decay over the tokens after each key, and over all of them; (..., H, Nk, E)."""
-    G = xp.cumulative_sum(xp.where(there, g, 0.0), axis=-2)
-    return G[..., -1:, :] - G, G[..., -1:, :]
+    g = xp.where(there, g, 0.0)
+    t = xp.arange(g.shape[-2], device=device_of(g))
+    return xp.astype(t > t[:, None], g.dtype) @ g, xp.sum(g, axis=-2, keepdims=True)
 
 
 def decayed_products(q: Array, k: Array, pairs: Array, xp: Namespace) -> Array:

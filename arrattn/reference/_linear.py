@@ -151,7 +151,7 @@ def linear_attention(
         return out
 
     f = xp.where(there[..., 0, :, None], f_k.phi * xp.exp(_log(f_k, xp))[..., None], 0.0)
-    if log_decay is not None and g.shape[-2]:
+    if log_decay is not None:
         left, whole = (xp.exp(x) for x in until_end(g, there[..., 0, :, None], xp))
         f, S0, z0 = f * left, S0 * xp.matrix_transpose(whole), z0 * whole[..., 0, :]
     seen = xp.broadcast_to(there, (*f.shape[:-2], f.shape[-1], f.shape[-2]))
