@@ -75,9 +75,7 @@ def log_decay(
 
 
 @st.composite
-def decayed_cases(
-    draw: st.DrawFn, maps: tuple[str, ...] = MAPS, *, state: bool = True
-) -> Case:
+def decayed_cases(draw: st.DrawFn, maps: tuple[str, ...] = MAPS, *, state: bool = True) -> Case:
     """Draw a call of linear attention with decay; the map by its name."""
     q, k, v = draw(gated_shapes())
     seed = draw(st.integers(0, 999))
@@ -180,7 +178,7 @@ def delta_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[Any
     """
     n, state = case.lengths[1], case.options.get("initial_state")
     written = longest(case.v) * n + (0.0 if state is None else longest(state.S.swapaxes(-1, -2)))
-    memory = C * eps(accumulation(dtype)) * (1 + n) * written * longest(case.k) ** 2
+    memory = C * eps(accumulation(dtype)) * (1 + n) * written * max(1.0, longest(case.k)) ** 2
     within = abs(case.options.get("scale", 1.0)) * longest(case.q) * memory
     rounding = eps(dtype) * np.abs(out) if dtype != accumulation(dtype) else 0.0
     return within + rounding, memory
