@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,14 @@ from softmax import as_held
 from strategies import Case
 from tolerance import C, eps
 
-from arrattn import DeltaState, delta_attention, linear_attention, reference
+from arrattn import (
+    DeltaState,
+    delta_attention,
+    linear_attention,
+    reference,
+    set_num_threads,
+)
+from arrattn._core import loops
 
 # Where every new shape is compiled, or becomes a graph, a few calls stand for the laws.
 eager = pytest.mark.lanes(
@@ -254,3 +262,68 @@ def test_no_tokens_leave_the_state_as_it_was(lane: Lane) -> None:
         beta=np.zeros((2, 2, 0)),
     )  # fmt: skip
     lane.check(out, np.full((2, 4, 3, 5), 3.0), dtype="float32", within=0.0)
+
+
+SHAPES = [
+    ((2, 0, 4), (2, 3, 4), (2, 3, 5)),
+    ((0, 3, 4), (0, 3, 4), (0, 3, 5)),
+    ((0, 2, 3, 4), (0, 2, 3, 4), (0, 2, 3, 5)),
+    ((3, 0, 2, 3, 4), (1, 2, 3, 4), (0, 2, 3, 5)),
+    ((2, 3, 0), (2, 4, 0), (2, 4, 5)),
+    ((2, 3, 4), (2, 4, 4), (2, 4, 0)),
+    ((2, 3, 4), (2, 4, 4), (4, 4, 5)),
+    ((0, 4), (3, 4), (3, 5)),
+    ((3, 4), (0, 4), (0, 5)),
+]
+
+
+@eager
+@pytest.mark.parametrize(("q", "k", "v"), SHAPES)
+def test_any_axis_may_be_empty(lane: Lane, q: Any, k: Any, v: Any) -> None:
+    batch = np.broadcast_shapes(q[:-3], k[:-3], v[:-3])
+    heads = () if len(v) == 2 else (max(q[-3], v[-3]),)
+    arrays = [*map(np.ones, (q, k, v))]
+    gates = {"beta": np.ones(v[-3:-1]), "log_decay": np.zeros((*v[-3:-1], 1))}
+    options = {"dtype": "float64", "return_state": True}
+    for function in (delta_attention, linear_attention):
+        both = [gates] if function is delta_attention else [{"log_decay": gates["log_decay"]}]
+        for gate in (*both, both[0] | {"kv_lengths": 0}):
+            out, state = lane.call(function, *arrays, **options, **gate)
+            assert tuple(out.shape) == (*batch, *heads, q[-2], v[-1])
+            assert tuple(state.S.shape) == (*batch, *v[-3:-2], k[-1], v[-1])
+            assert np.isfinite(lane.to_numpy(out)).all()
+
+
+def test_an_item_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Heads share a job, as many as there are too many for the threads.
+    case = tokens(100)
+    whole = delta_attention(*case.arrays, **case.options)
+    monkeypatch.setattr(loops, "num_threads", lambda: 5)
+    alone = {n: x[1:] for n, x in case.options.items()}
+    got = delta_attention(*(x[1:] for x in case.arrays), **alone)
+    np.testing.assert_array_equal(got, whole[1:])
+
+
+def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
+    import jax
+
+    def equations(n: int) -> int:
+        x, beta = jax.numpy.zeros((2, n, 4)), jax.numpy.zeros((2, n))
+        traced = jax.make_jaxpr(lambda x: delta_attention(x, x, x, beta=beta, log_decay=-abs(x)))
+        return str(traced(x)).count(" = ")
+
+    assert equations(1100) == equations(9292)  # the same rest
+
+
+def test_working_memory_does_not_grow_with_the_length() -> None:
+    def beyond_outputs(n: int) -> int:
+        x, beta = np.ones((2, n, 32), np.float32) / 6, np.ones((2, n), np.float32)
+        tracemalloc.start()
+        delta_attention(x, x, x, beta=beta, log_decay=-beta)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak - x.nbytes  # the output
+
+    with set_num_threads(1):
+        beyond_outputs(64)  # what a first call loads stays, and does not count
+        assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)

@@ -35,7 +35,13 @@ def test_numpydoc(name: str) -> None:
     assert not errors, f"{name}: {errors}"
 
 
-FAMILIES = ("attention", "local_attention", "sparse_attention", "linear_attention")
+FAMILIES = (
+    "attention",
+    "local_attention",
+    "sparse_attention",
+    "linear_attention",
+    "delta_attention",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -50,7 +50,8 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     if memory.bad is not None:
         S = xp.where(memory.bad, math.nan, S)
     if x.beta is not None:
-        return out.joined(xp=xp), S, xp.zeros_like(S[..., 0])
+        z = xp.zeros(S.shape[:-1], dtype=S.dtype, device=loops.device_of(S))
+        return out.joined(xp=xp), S, z
     return out.joined(xp=xp), S[..., :-1], S[..., -1]
 
 

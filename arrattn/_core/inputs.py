@@ -275,8 +275,8 @@ def read_qkv(
         reasons.add(ValueError, f"v: expected the length Nk of k ({nk}), got {nv}")
     shared = shared_keys and 0 < hk < hv and hv % hk == 0
     if hk != hv and not shared:
-        several = ", or a multiple of them" if shared_keys else ""
-        reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}){several}, got {hv}")
+        several = "; a multiple of them would do too" if shared_keys else ""
+        reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}), got {hv}{several}")
     if hq != hk and (hk == 0 or hq % hk):
         reasons.add(ValueError, f"q: expected heads Hq a multiple of Hkv ({hk}), got {hq}")
     elif shared and (hq == 0 or (hq % hv and hv % hq)):
@@ -834,7 +834,8 @@ def read_delta(
     state = None
     if initial_state is not None:
         S = lead_with_ones(initial_state[0], len(batch) + 3, no_head=no_head)
-        state = LinearState(S, xp.zeros_like(S[..., 0]))
+        z = xp.zeros(S.shape[:-1], dtype=S.dtype, device=loops.device_of(S))
+        state = LinearState(S, z)
     x = LinearInputs(
         xp=xp,
         device=device,

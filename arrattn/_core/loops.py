@@ -206,7 +206,9 @@ def recomputed(function: Callable[..., Any], *args: Any, xp: Namespace) -> Any:
     if compat.is_torch_namespace(xp):
         import torch
 
-        if torch.is_grad_enabled():
+        # Transforms of torch.func have no hooks for what is saved: they keep it.
+        transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+        if torch.is_grad_enabled() and not transformed():
             from torch.utils.checkpoint import checkpoint
 
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
