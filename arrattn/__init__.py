@@ -5,7 +5,7 @@ Attention algorithms written once against the Python array API standard: whateve
 array goes in, the same kind comes out. Four families: dense, local, sparse and linear.
 """
 
-from arrattn import feature_maps, patterns, reference
+from arrattn import adapters, feature_maps, patterns, reference
 from arrattn._state import DeltaState, LinearState
 from arrattn.delta import delta_attention
 from arrattn.dense import attention
@@ -20,6 +20,7 @@ __all__ = [
     "DeltaState",
     "LinearState",
     "__version__",
+    "adapters",
     "attention",
     "delta_attention",
     "explain",

@@ -136,20 +136,16 @@ def delta_attention(
         initial_state=initial_state,
         return_state=return_state,
     )
-    return attend(x, padded=key_mask is not None, return_state=return_state)
+    out, state = attend(x, padded=key_mask is not None)
+    return (out, state) if return_state else out
 
 
-def attend(
-    x: inputs.LinearInputs, *, padded: bool, return_state: bool
-) -> Array | tuple[Array, DeltaState]:
+def attend(x: inputs.LinearInputs, *, padded: bool) -> tuple[Array, DeltaState]:
     """Do a call that has been read."""
     how, operands = lay_out_delta(x, padded=padded)
     out, S, _ = recurrence.attend(how, operands, gated.run, together=True)
-    out = x.ungroup(out)
-    if not return_state:
-        return out
     S = x.join_heads(S, 2)
-    return out, DeltaState(S[..., 0, :, :] if x.no_head else S)
+    return x.ungroup(out), DeltaState(S[..., 0, :, :] if x.no_head else S)
 
 
 def lay_out_delta(

@@ -159,21 +159,31 @@ def linear_attention(
         initial_state=initial_state,
         return_state=return_state,
     )
+    out, state = attend(x, how, operands)
+    return (out, state) if return_state else out
+
+
+def attend(
+    x: inputs.LinearInputs, how: recurrence.How, operands: recurrence.Operands
+) -> tuple[Array, LinearState]:
+    """Do a call that has been read."""
     if operands.log_decay is None:
         out, S, z = recurrence.attend(how, operands)
     else:
         out, S, z = recurrence.attend(how, operands, gated.run, together=True)
-    out = x.ungroup(out)
-    if not return_state:
-        return out
     S, z = x.join_heads(S, 2), x.join_heads(z, 1)
-    return out, LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+    state = LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+    return x.ungroup(out), state
 
 
 def read_call(
-    q: Array, k: Array, v: Array, **options: Any
+    q: Array, k: Array, v: Array, *, growing: bool = False, **options: Any
 ) -> tuple[inputs.LinearInputs, recurrence.How, recurrence.Operands]:
-    """Check the arguments, and lay out what the recurrence does with them."""
+    """
+    Check the arguments, and lay out what the recurrence does with them.
+
+    `growing` allows a `log_decay` above 0.
+    """
     function = "linear_attention"
     x = inputs.read_linear(function, q, k, v, **options)
     phi = read_map(options["feature_map"])
@@ -188,19 +198,19 @@ def read_call(
         same_ids=x.q_ids is not None and x.q_ids is x.k_ids,
         chunk=recurrence.CHUNK if options["log_decay"] is None else gated.CHUNK,
     )
-    operands = _operands(x, phi, function, options)
-    return x, how, operands
+    if options["log_decay"] is not None:
+        width = recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
+        x = inputs.with_decay(x, options["log_decay"], width, function, growing=growing)
+    return x, how, _operands(x, phi, function, padded=options["key_mask"] is not None)
 
 
 def _operands(
-    x: inputs.LinearInputs, phi: FeatureMap, function: str, options: dict[str, Any]
+    x: inputs.LinearInputs, phi: FeatureMap, function: str, *, padded: bool
 ) -> recurrence.Operands:
-    """Check what depends on the number of features, and lay out the arrays."""
-    like = x.xp.astype(x.k[..., :0, :], x.acc)
-    state, log_decay = x.state, options["log_decay"]
-    if state is not None or log_decay is not None:
-        dphi = recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
+    """Check a state against the number of features, and lay out the arrays."""
+    like, state = x.xp.astype(x.k[..., :0, :], x.acc), x.state
     if state is not None:
+        dphi = recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
         heads = () if x.no_head else (x.value_heads,)
         lead = (*x.outer, *heads, dphi)
         inputs.read_state(state, ((*lead, x.v.shape[-1]), lead), x.acc, function)
@@ -208,9 +218,7 @@ def _operands(
         S = inputs.lead_with_ones(state.S, full + 1, no_head=x.no_head)
         z = inputs.lead_with_ones(state.z, full, no_head=x.no_head)
         x = x._replace(state=LinearState(x.split_heads(S, 2), x.split_heads(z, 1)))
-    if log_decay is not None:
-        x = inputs.with_decay(x, log_decay, dphi, function)
-    return lay_out(x, phi.weights(like, x.xp), padded=options["key_mask"] is not None)
+    return lay_out(x, phi.weights(like, x.xp), padded=padded)
 
 
 def lay_out(x: inputs.LinearInputs, weights: Array | None, *, padded: bool) -> recurrence.Operands:

@@ -36,6 +36,7 @@ SIGNATURES = {
 }
 
 EXPORTS = {
+    "adapters": ["onnx_linear_attention"],
     "patterns": [
         "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
     ],
@@ -61,6 +62,7 @@ def test_the_package_exports_this_and_nothing_else() -> None:
         "DeltaState",
         "LinearState",
         "__version__",
+        "adapters",
         "attention",
         "delta_attention",
         "explain",

@@ -874,11 +874,13 @@ def _with_gates(x: LinearInputs) -> LinearInputs:
     return x._replace(log_decay=split(x.log_decay, 2), beta=split(x.beta, 1), state=state)
 
 
-def with_decay(x: LinearInputs, log_decay: Array, width: int, function: str) -> LinearInputs:
+def with_decay(
+    x: LinearInputs, log_decay: Array, width: int, function: str, *, growing: bool
+) -> LinearInputs:
     """Add `log_decay`, now that the number of features is known."""
     reasons = Reasons(function)
     full = (*x.outer, x.value_heads, x.k.shape[-2], width)
-    decay = read_decay(log_decay, full, reasons, no_head=x.no_head)
+    decay = read_decay(log_decay, full, reasons, no_head=x.no_head, growing=growing)
     reasons.check()
     return x._replace(log_decay=None if decay is None else x.split_heads(decay, 2))
 
