@@ -142,7 +142,7 @@ def linear_attention(
 
     >>> half = np.full((1, 1), np.log(0.5))
     >>> linear_attention(x, x, v, is_causal=True, normalize=False, log_decay=half)[:, 0] / 2
-    array([ 0.,  2.,  5., 12.5])
+    array([ 0. ,  2. ,  5. , 12.5])
     """
     x, how, operands = read_call(
         q,
