@@ -242,7 +242,7 @@ def _span(
         memory = memory._replace(ids=s.ids[..., -1])
     f = None
     if s.q is not None:
-        f = how.feature_map.phi_q(xp.astype(s.q, how.acc), xp, x.weights)
+        f = how.feature_map.phi_q(xp.astype(s.q, how.acc, copy=False), xp, x.weights)
     chunks = _cut(f, keys, gates, beta, size, xp)
     through = _through_plain if keys.log is None else _through_logs
     memory, top, base = through(memory, chunks, strict, xp)
@@ -296,12 +296,12 @@ def _read_gates(
     Decay and `beta` of tokens that are there, and where a segment begins, (..., T).
     """
     xp, n = how.xp, s.k.shape[-2]
-    beta = None if s.beta is None else xp.astype(s.beta, how.acc)
+    beta = None if s.beta is None else xp.astype(s.beta, how.acc, copy=False)
     if s.decay is None:
         device = loops.device_of(s.k)
         g = xp.zeros((1,) * (s.k.ndim - 2) + (n, 1), dtype=how.acc, device=device)
     else:
-        g = xp.astype(s.decay, how.acc)
+        g = xp.astype(s.decay, how.acc, copy=False)
     if beta is not None and s.mask is not None:
         beta = xp.where(s.mask, beta, 0.0)
     if keys.bad is not None:
@@ -383,10 +383,9 @@ class Factors(NamedTuple):
     whole: Array  # (C, ..., 1 | Dphi, 1): of the memory, once the chunk is over
 
 
-def _factors(steps: Array, xp: Namespace) -> Factors:
+def _factors(steps: Array, until_end: Array, xp: Namespace) -> Factors:
     start = xp.exp(loops.running_sums(steps, xp=xp))
-    whole = xp.matrix_transpose(start[..., -1:, :])
-    return Factors(start, xp.exp(decay.until_end(steps, xp)), whole)
+    return Factors(start, xp.exp(until_end), xp.matrix_transpose(start[..., -1:, :]))
 
 
 def _through_plain(
@@ -396,61 +395,66 @@ def _through_plain(
     Memory and outputs (C, ..., Hkv, G, c, columns) of features without logarithms.
     """
     steps, beyond = x.gates
-    within = xp.exp(decay.between(steps, xp))
-    left = _factors(steps, xp)
+    between = decay.between(steps, xp)
+    within, to_end = xp.exp(between), xp.matrix_transpose(between[..., -1:, :])
+    left = _factors(steps, to_end, xp)
     if beyond is not None:
-        slower = _factors(beyond, xp)
+        slower = _factors(beyond, decay.until_end(beyond, xp), xp)
         left = Factors(*(a * b for a, b in zip(left, slower, strict=True)))
-    seen = within * decay.at_or_before(within.shape[-1], within, strict=strict, xp=xp)
     into = xp.matrix_transpose(x.k * left.until_end)
+    readers = () if x.q is None else (x.q * left.since_start[..., None, :, :],)
     step: Callable[..., Any]
     xs: tuple[Array, ...]
     if x.beta is None:
-        weights = None if x.q is None else decay.products(x.q, x.k, beyond, xp)
-        u, step = x.v, _add
-        xs = (into @ x.v, left.whole)
+        step, xs = _add, (left.whole, into @ x.v, *readers)
+        pairs = None if x.q is None else decay.products(x.q, x.k, beyond, xp)
     else:
-        weights, solved = _solved(x, beyond, within, xp)
-        xs = (solved @ (x.beta * x.v), solved @ (x.beta * x.k * left.since_start), into, left.whole)
-        u, step = None, _correct
-    S, ys = loops.scan(step, memory.S, xs, xp=xp)
-    if x.q is None or weights is None:
-        return memory._replace(S=S), None, None
-    before = ys[0]
-    u = ys[1] if u is None else u
-    top = tiles.group_matmul(x.q * left.since_start[..., None, :, :], before, xp=xp)
-    weights = weights * seen[..., None, :, :]
-    return memory._replace(S=S), top + tiles.group_matmul(weights, u, xp=xp), None
+        pairs, solved = _solved(x, beyond, within, xp)
+        told = x.k * left.since_start
+        step, xs = _correct, (left.whole, into, solved @ x.v, solved @ told, *readers)
+    S, ys = loops.scan(partial(step, xp=xp), memory.S, xs, xp=xp)
+    memory = memory._replace(S=S)
+    if pairs is None:
+        return memory, None, None
+    top, u = ys if x.beta is not None else (*ys, x.v)
+    seen = within * decay.at_or_before(within.shape[-1], within, strict=strict, xp=xp)
+    return memory, top + tiles.group_matmul(pairs * seen[..., None, :, :], u, xp=xp), None
 
 
 def _solved(
     x: Chunks, beyond: Array | None, within: Array, xp: Namespace
 ) -> tuple[Array | None, Array]:
     """
-    Weights of pairs (C, ..., G, c, c), and the inverse of the delta rule's triangular matrix.
+    Products of queries and keys (C, ..., G, c, c), and what solves the delta rule (C, ..., c, c).
 
     The corrections of a chunk solve ``u_i + sum_(j < i) beta_i a_ij u_j = beta_i (v_i - ...)``
-    with ``a_ij`` the product of keys `i` and `j` and the decay between them.
+    with ``a_ij`` the product of keys `i` and `j` and the decay between them: the inverse of
+    that triangular matrix, times `beta`.
     """
-    own = (x.beta * x.k)[..., None, :, :]
-    rows = own if x.q is None else xp.concat([x.q, own], axis=-3)
-    pairs = decay.products(rows, x.k, beyond, xp)
+    pairs, own = None, x.k[..., None, :, :]
+    if x.q is not None and beyond is not None:  # halving a chunk is done once for both
+        both = decay.products(xp.concat([x.q, own], axis=-3), x.k, beyond, xp)
+        pairs, own = both[..., :-1, :, :], both[..., -1, :, :]
+    else:
+        pairs = None if x.q is None else decay.products(x.q, x.k, beyond, xp)
+        own = decay.products(own, x.k, beyond, xp)[..., 0, :, :]
     earlier = decay.at_or_before(within.shape[-1], within, strict=True, xp=xp)
-    solved = decay.inverse(pairs[..., -1, :, :] * (within * earlier), xp)
-    return (None if x.q is None else pairs[..., :-1, :, :]), solved
+    solved = decay.inverse(own * (within * earlier * x.beta), xp)
+    return pairs, solved * xp.matrix_transpose(x.beta)
 
 
-def _add(S: Array, x: Any) -> tuple[Array, tuple[Array]]:
-    """One chunk: what is left of the memory, and what it adds."""
-    added, whole = x
-    return S * whole + added, (S,)
+def _add(S: Array, x: Any, *, xp: Namespace) -> tuple[Array, tuple[Array, ...]]:
+    """One chunk: what queries read before it, what is left of the memory, what it adds."""
+    whole, added, *q = x
+    return S * whole + added, tuple(tiles.group_matmul(rows, S, xp=xp) for rows in q)
 
 
-def _correct(S: Array, x: Any) -> tuple[Array, tuple[Array, Array]]:
-    """One chunk of the delta rule."""
-    target, reader, into, whole = x
-    u = target - reader @ S
-    return S * whole + into @ u, (S, u)
+def _correct(S: Array, x: Any, *, xp: Namespace) -> tuple[Array, tuple[Array, ...]]:
+    """One chunk of the delta rule, with its corrections."""
+    whole, into, target, told, *q = x
+    u = target - told @ S
+    ys = tuple(y for rows in q for y in (tiles.group_matmul(rows, S, xp=xp), u))
+    return S * whole + into @ u, ys
 
 
 def _through_logs(
@@ -463,9 +467,11 @@ def _through_logs(
     -inf where it sees nothing.
     """
     steps, beyond = x.gates
-    slower = None if beyond is None else _factors(beyond, xp)
+    between, slower = decay.between(steps, xp), None
+    if beyond is not None:
+        slower = _factors(beyond, decay.until_end(beyond, xp), xp)
     start = decay.logs(loops.running_sums(steps, xp=xp), xp)  # (C, ..., c, 1)
-    end = decay.logs(decay.until_end(steps, xp), xp)[..., 0] + x.log  # (C, ..., c)
+    end = decay.logs(between[..., -1, :], xp) + x.log  # (C, ..., c)
     top_log = loops.stop_gradient(xp.max(end, axis=-1))
     k = x.k * xp.exp(end - finite(top_log, xp)[..., None])[..., None]
     k = k if slower is None else k * slower.until_end
@@ -478,7 +484,7 @@ def _through_logs(
     if x.q is None:
         return memory, None, None
 
-    pairs = decay.logs(decay.between(steps, xp), xp) + x.log[..., None, :]
+    pairs = decay.logs(between, xp) + x.log[..., None, :]
     seen = decay.at_or_before(pairs.shape[-1], x.k, strict=strict, xp=xp) > 0
     pairs = xp.where(seen, pairs, -math.inf)  # (C, ..., Hkv, c, c)
     past = start + before_log[..., None, None]  # (C, ..., Hkv, c, 1)

@@ -405,7 +405,7 @@ def zeros_out(how: How, x: Operands) -> Array:
 def read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) -> Keys:
     """Features of a chunk of keys, and a one beside each value; absent keys leave nothing."""
     xp = how.xp
-    k, v = xp.astype(k, how.acc), xp.astype(v, how.acc)
+    k, v = xp.astype(k, how.acc, copy=False), xp.astype(v, how.acc, copy=False)
     if mask is not None:
         k, v = xp.where(mask[..., None], k, 0.0), xp.where(mask[..., None], v, 0.0)
     if _ones(x):
@@ -541,7 +541,7 @@ def finish(
         # Two `where`: the quotient not taken must not spoil gradients either.
         out = xp.where(empty, 0.0, top / xp.where(empty, 1.0, total))
     else:
-        out = how.scale * top
+        out = top if how.scale == 1.0 else how.scale * top
         if base is not None and f.log is not None:
             out = out * xp.exp(base + f.log[..., None])
     if bad is not None:
