@@ -88,8 +88,18 @@ def test_equals_the_evaluator_of_onnx(rule: str, how: dict[str, Any], scale: flo
         np.testing.assert_allclose(a, b, rtol=0, atol=bound(given))
 
 
+@pytest.mark.lanes("numpy", "strict", "torch", "torch-cuda", "dask", "cupy")
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_its_equation(lane: Lane, rule: str) -> None:
+    check_equation(lane, rule)
+
+
+@pytest.mark.lanes("jax", "jax-gpu")  # each rule is compiled
+def test_equals_its_equation_where_it_is_compiled(lane: Lane) -> None:
+    check_equation(lane, "gated_delta")
+
+
+def check_equation(lane: Lane, rule: str) -> None:
     given, attributes = inputs(rule, state=True, groups=2)
     out, state = lane.call(onnx_linear_attention, dtype="float64", **given, **attributes)
 

@@ -127,7 +127,7 @@ def test_torch_equals_the_reference(name: str) -> None:
         close(a, b, within=1e-9 * (1 + np.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", ["logarithms", "gated delta by channel"])
+@pytest.mark.parametrize("name", ["gated delta by channel"])  # the others' steps are among its
 def test_jax_equals_the_reference_of_torch(name: str) -> None:
     (ours, theirs, *_), sizes = CALLS[name]
     inputs = [jax.numpy.asarray(x) for x in arrays(**sizes).values()]
