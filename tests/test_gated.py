@@ -12,7 +12,7 @@ from lanes import LANES, Lane, close
 from laws import for_all
 from softmax import as_held
 from strategies import Case
-from sums import linear_errors, make_map
+from sums import exponent, linear_errors, make_map
 from tolerance import C, eps, largest
 
 from arrattn import LinearState, linear_attention, reference
@@ -247,6 +247,38 @@ def test_hidden_tokens_reach_nobody(lane: Lane, what: str, is_causal: bool, pois
     if is_causal:
         close(got[..., early, :], expected[..., early, :], within=within[..., early, :])
     assert np.isnan(got[..., 8:, :]).all()
+
+    # And one of segment 0, in whatever span: segment 1 is another world.
+    spoiled = {n: x.copy() for n, x in clean.items()}
+    spoiled[what][..., 3, :] = np.nan
+    with chunks_of(2, span=1), np.errstate(invalid="ignore"):
+        out = lane.call(
+            linear_attention, case.q, spoiled["k"], spoiled["v"], dtype="float64",
+            log_decay=spoiled["log_decay"], **call,
+        )  # fmt: skip
+    close(lane.to_numpy(out)[..., 6:, :], expected[..., 6:, :], within=within[..., 6:, :])
+
+
+@eager
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("falling", [False, True])
+def test_features_of_any_size_stay_in_range(lane: Lane, is_causal: bool, falling: bool) -> None:
+    # Single precision ends at e^88; these exponents reach hundreds, on one side of a query.
+    rng = np.random.default_rng(0)
+    n = 12
+    x = np.linspace(30.0, 1.0, n)[None, :, None] * np.ones(3)
+    x, v = x if falling else x[:, ::-1], np.abs(rng.normal(size=(1, n, 2)))
+    g = np.full((1, n), -20.0)
+    case = as_held(
+        Case(x / 30, x, v, {"feature_map": "softmax", "is_causal": is_causal}), "float32"
+    )
+    options = {"feature_map": make_map("softmax", 3), "is_causal": is_causal, "log_decay": g}
+    with chunks_of(2):
+        out = lane.call(linear_attention, *case.arrays, dtype="float32", **options)
+    expected = reference.linear_attention(*case.arrays, **options)
+    # Weights without a sign: each is off by its exponent's error, and so is their mean.
+    size = 1 + exponent(options["feature_map"], case) + n * 20.0
+    lane.check(out, expected, dtype="float32", within=2 * C * eps("float32") * size * largest(v))
 
 
 def test_no_tokens_leave_the_state_as_it_was(lane: Lane) -> None:
