@@ -123,6 +123,11 @@ def _linear(what: str, peer: str, problem: Problem, targets: Mapping[int, float 
     return Pair("linear", what, ours.linear, peer, problem, targets, counted=False)
 
 
+def _delta(peer: str, targets: Mapping[int, float | None]) -> Pair:
+    pair = Pair("linear", "gated delta rule", ours.gated_delta, peer, CAUSAL, targets)
+    return pair._replace(counted=False, fewest=3)
+
+
 _KEYS = ours.sparse()
 _EXACT = ours.sparse(route=None)
 _BLOCKS = ours.sparse(select="blocks", top_k=3)
@@ -171,6 +176,9 @@ CASES: tuple[Pair | Limit, ...] = (
     _unlike("linear", "elu + 1, causal", ours.linear, "torch", CAUSAL, {16384: 20.0}),
     _unlike("linear", "FAVOR+ 64, full", ours.favor, "performer", FULL, {16384: 2.2}),
     _unlike("linear", "FAVOR+ 64, causal", ours.favor, "performer", CAUSAL, {16384: 25.0}),
+    _unlike("linear", "elu + 1, causal, decay", ours.decayed, "linear", CAUSAL, {16384: 0.5}),
+    _delta("steps", {16384: 20.0}),
+    _delta("onnx reference", {16384: 20.0}),
     Pair("overhead", "full", ours.dense, "numpy", FULL, {16: 0.6, 64: 0.6}),
     Limit("overhead", "import beyond NumPy's", limits.import_time, "ms", 40.0),
     Limit("overhead", "memory, dense", limits.memory("dense"), "MiB", 16.0, (16384,), each=True),
@@ -180,6 +188,8 @@ CASES: tuple[Pair | Limit, ...] = (
           (4096, 8192, 16384, 32768)),
     Limit("scaling", "sparse", limits.exponent(_KEYS, CAUSAL), "", 1.6, (4096, 8192, 16384)),
     Limit("scaling", "linear", limits.exponent(ours.linear, FULL), "", 1.05,
+          (4096, 8192, 16384, 32768)),
+    Limit("scaling", "gated delta rule", limits.exponent(ours.gated_delta, CAUSAL), "", 1.1,
           (4096, 8192, 16384, 32768)),
     Limit("scaling", "linear, causal", limits.exponent(ours.linear, CAUSAL), "", 1.05,
           (4096, 8192, 16384, 32768)),

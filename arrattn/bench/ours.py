@@ -14,15 +14,19 @@ from arrattn.bench.problem import Host, Problem
 
 __all__ = [
     "compiling",
+    "decayed",
     "decode",
     "dense",
     "favor",
+    "gated_delta",
+    "gates",
     "in_float32",
     "jitted",
     "linear",
     "local",
     "sparse",
     "torch_tensors",
+    "unit",
 ]
 
 Arrays = tuple[Host, Host, Host]
@@ -69,6 +73,34 @@ def favor(problem: Problem, arrays: Arrays) -> Contestant:
         arrattn.linear_attention, *arrays, feature_map=features, is_causal=problem.causal
     )
     return Contestant("arrattn linear", call)
+
+
+def gates(problem: Problem) -> tuple[Host, Host]:
+    """Writing strengths and logarithms of decay (B, H, N), the same for ours and a peer."""
+    rng = np.random.default_rng(0)
+    shape = (problem.batch, problem.heads, problem.n)
+    return rng.random(shape, dtype=np.float32), -0.1 * rng.random(shape, dtype=np.float32)
+
+
+def unit(keys: Host) -> Host:
+    """Keys of length 1."""
+    length: Host = np.linalg.norm(keys, axis=-1, keepdims=True)
+    return keys / length
+
+
+def decayed(problem: Problem, arrays: Arrays) -> Contestant:
+    """``linear_attention`` on NumPy with the map ``elu + 1`` and a decay for each token."""
+    _, log_decay = gates(problem)
+    call = partial(arrattn.linear_attention, *arrays, log_decay=log_decay, is_causal=problem.causal)
+    return Contestant("arrattn linear, decay", call)
+
+
+def gated_delta(problem: Problem, arrays: Arrays) -> Contestant:
+    """``delta_attention`` on NumPy with a decay for each token."""
+    q, k, v = arrays
+    beta, log_decay = gates(problem)
+    call = partial(arrattn.delta_attention, q, unit(k), v, beta=beta, log_decay=log_decay)
+    return Contestant("arrattn delta", call)
 
 
 def in_float32(problem: Problem, arrays: Arrays) -> Contestant:

@@ -214,5 +214,8 @@ PEERS = {
     "jax compiling": Peer("jax.nn, compiling", jax_compiling, ("jax",)),
     "torch linear": Peer("the formula in torch", peers_linear.torch_linear, ("torch",)),
     "torch chunks": Peer("chunked sums in torch", peers_linear.torch_chunks, ("torch",)),
+    "linear": Peer("arrattn linear", ours.linear, own=True),
+    "steps": Peer("NumPy, step by step", peers_linear.numpy_steps, own=True),
+    "onnx reference": Peer("ONNX reference", peers_linear.onnx_reference, ("onnx",)),
     "performer": Peer("performer-pytorch", peers_linear.performer, ("performer_pytorch",)),
 }
