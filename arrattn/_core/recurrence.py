@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops, staging, tiles
+from arrattn._core import loops, staging, streams, tiles
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
 from arrattn.feature_maps import Custom, FeatureMap, Features
@@ -138,20 +138,53 @@ def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
     `run` on NumPy: a job for each batch item and key head.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
-    dphi = features_of(how.feature_map, x.k, how.acc, how.xp).phi.shape[-1]
+    f = features_of(how.feature_map, x.k, how.acc, how.xp)
+    dphi = f.phi.shape[-1]
     out = np.empty((*how.batch, hkv, g, nq, dv), x.q.dtype)
     S = np.empty((*how.batch, hkv, dphi, dv), how.acc)
     z = np.empty((*how.batch, hkv, dphi), how.acc)
     alone = how._replace(batch=())
+    # Streams neither sort tokens nor give weights as they stand beside logarithms.
+    streamed = form(how, x) != "sorted" and (how.normalize or f.log is None)
 
     def job(b: tuple[int, ...], h: int) -> None:
         at: Any = (*b, slice(h, h + 1))
-        _, S[at], z[at] = run(alone, x.item(b, h), out[at])
+        own, into = x.item(b, h), out[at]
+        if streamed:
+            own, into = _stream(alone, own, f, into)
+        if own.q.shape[-2] == own.k.shape[-2] == 0 and own.state:
+            S[at], z[at] = own.state
+        else:
+            _, S[at], z[at] = run(alone, own, into)
 
     jobs = [partial(job, b, h) for b in np.ndindex(*how.batch) for h in range(hkv)]
     largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
     loops.run_jobs(jobs, small=largest <= loops.SMALL)
     return out, S, z
+
+
+def _stream(how: How, x: Operands, f: Features, out: Array) -> tuple[Operands, Array]:
+    """Let `streams` do what it can of one head; what is left, and the state it has reached."""
+    state = LinearState(np.zeros((f.phi.shape[-1], x.v.shape[-1]), how.acc), np.zeros(f.phi.shape[-1], how.acc))
+    if x.state:
+        state = LinearState(x.state.S[0], x.state.z[0])
+    job = streams.Job(
+        feature_map=how.feature_map,
+        carries_log=f.log is not None,
+        weights=x.weights,
+        q=x.q[0],
+        k=x.k[0],
+        v=x.v[0],
+        mask=None if x.key_mask is None else x.key_mask[0],
+        is_causal=how.is_causal,
+        normalize=how.normalize,
+        scale=how.scale,
+        acc=how.acc,
+        chunk=max(1, how.chunk // 2),
+    )
+    i, j, state = streams.run(job, state, out[0])
+    x = x.keys(j, x.k.shape[-2])._replace(q=x.q[..., i:, :])
+    return x._replace(state=LinearState(state.S[None], state.z[None])), out[..., i:, :]
 
 
 def run_blocks(how: How, x: Operands) -> tuple[Array, Array, Array]:
