@@ -300,7 +300,9 @@ class _Positive(_Random):
 
     # In units of log 2, which NumPy is faster at; constant factors of queries cancel.
     def write_q(self, x: Array, out: Array, weights: Array | None = None) -> None:
-        w = (self.weights(x, np) if weights is None else weights) * (self._sign * self._factor * LOG2E)
+        w = (self.weights(x, np) if weights is None else weights) * (
+            self._sign * self._factor * LOG2E
+        )
         np.exp2(np.matmul(x, w, out=out), out=out)
 
     def write_k(self, x: Array, out: Array, weights: Array | None = None) -> None:

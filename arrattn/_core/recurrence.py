@@ -165,7 +165,9 @@ def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
 
 def _stream(how: How, x: Operands, f: Features, out: Array) -> tuple[Operands, Array]:
     """Let `streams` do what it can of one head; what is left, and the state it has reached."""
-    state = LinearState(np.zeros((f.phi.shape[-1], x.v.shape[-1]), how.acc), np.zeros(f.phi.shape[-1], how.acc))
+    state = LinearState(
+        np.zeros((f.phi.shape[-1], x.v.shape[-1]), how.acc), np.zeros(f.phi.shape[-1], how.acc)
+    )
     if x.state:
         state = LinearState(x.state.S[0], x.state.z[0])
     job = streams.Job(

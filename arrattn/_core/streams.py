@@ -20,7 +20,7 @@ from arrattn.feature_maps import FeatureMap
 
 #: Chunks done by one product, as far as their features are no more than so many numbers: with
 #: sums and outputs they then fill a second-level cache.
-CHUNKS, BLOCK = 8, 1 << 15
+CHUNKS, BLOCK = 16, 1 << 16
 
 #: Features, and a row's sum of weights, that products neither lose nor overflow. They matter
 #: where logarithms are multiplied in: else features are what they are.
@@ -80,7 +80,7 @@ class _Head:
     def __init__(self, job: Job, state: LinearState, out: Array) -> None:
         self.job, self.out = job, out
         self.S = np.concatenate([state.S, state.z[:, None]], axis=-1, dtype=job.acc)
-        widest = max(1, *self.S.shape, job.k.shape[-1])
+        widest = max(1, self.S.shape[0], job.k.shape[-1], job.v.shape[-1])
         self.block = job.chunk * max(1, min(CHUNKS, BLOCK // (job.chunk * widest)))
 
     def run(self) -> tuple[int, int]:
@@ -112,10 +112,24 @@ class _Head:
             rows = slice(i, min(i + self.block, stop))
             for g in range(len(self.out)):
                 phi = self._queries(g, rows)
-                top = self._space("outputs", (len(phi), self.S.shape[1]))
-                if not self._finish(phi, np.matmul(phi, self.S, out=top), self.out[g, rows]):
+                if not self._finish(phi, self._times_sums(phi), self.out[g, rows]):
                     return i
         return stop
+
+    def _times_sums(self, phi: Array) -> Array:
+        """``phi @ S``."""
+        top = self._space("outputs", (len(phi), self.S.shape[1]))
+        runs, rest = self._runs(phi)
+        more, last = self._runs(top)
+        np.matmul(runs, self.S, out=more)
+        np.matmul(rest, self.S, out=last)
+        return top
+
+    def _runs(self, x: Array) -> tuple[Array, Array]:
+        """Tokens in runs of a length that BLAS is fast at, and those left over."""
+        run = 2 * self.job.chunk
+        even = len(x) - len(x) % run
+        return x[:even].reshape(even // run, run, x.shape[1]), x[even:]
 
     def _side_by_side(self, i: int, j: int, n: int) -> int:
         """`n` queries from `i` on, each up to its own key, which are those from `j` on."""
@@ -134,7 +148,9 @@ class _Head:
         k, v = (x.reshape(count, c, -1) for x in self._keys(j, j + count * c))
         before = self._space("sums", (count, *self.S.shape))
         products = self._space("products", before.shape)
-        np.matmul(k.swapaxes(-1, -2), v, out=products)
+        kt = self._space("turned", (count, self.S.shape[0], c))
+        kt[...] = k.swapaxes(-1, -2)  # small products are faster from keys that lie transposed
+        np.matmul(kt, v, out=products)
         before[0] = self.S
         for t in range(1, count):
             np.add(before[t - 1], products[t - 1], out=before[t])
@@ -145,7 +161,7 @@ class _Head:
         for g in range(len(self.out)):
             q = self._queries(g, rows).reshape(count, c, -1)
             w = self._space("weights", (count, c, c))
-            np.matmul(q, k.swapaxes(-1, -2), out=w)
+            np.matmul(q, kt, out=w)
             np.multiply(w, _lower(c, w.dtype), out=w)
             top, past = (self._space(slot, v.shape) for slot in ("outputs", "pasts"))
             np.add(np.matmul(w, v, out=top), np.matmul(q, before, out=past), out=top)
@@ -175,7 +191,9 @@ class _Head:
     def _keys(self, j0: int, j1: int) -> tuple[Array, Array]:
         """Features of some keys (n, Dphi), and their values beside a one (n, Dv + 1)."""
         job, n = self.job, j1 - j0
-        phi, v = (self._space(s, (n, m)) for s, m in zip(("keys", "values"), self.S.shape))
+        phi, v = (
+            self._space(s, (n, m)) for s, m in zip(("keys", "values"), self.S.shape, strict=True)
+        )
         job.feature_map.write_k(self._held(job.k[j0:j1]), phi, job.weights)
         v[:, :-1], v[:, -1] = job.v[j0:j1], 1
         if job.mask is not None:
@@ -184,15 +202,12 @@ class _Head:
         return phi, v
 
     def _sums(self, phi: Array, v: Array) -> Array:
-        """The sums with these keys, in runs of tokens that BLAS is fast at."""
-        run = 2 * self.job.chunk
-        count = len(phi) // run
-        S = self.S + np.matmul(phi[count * run :].T, v[count * run :])
-        if count:
-            k, v = (x[: count * run].reshape(count, run, -1) for x in (phi, v))
-            products = self._space("products", (count, *S.shape))
-            for product in np.matmul(k.swapaxes(-1, -2), v, out=products):
-                np.add(S, product, out=S)
+        """The sums with these keys."""
+        (k, rest), (v, last) = self._runs(phi), self._runs(v)
+        S = self.S + np.matmul(rest.T, last)
+        products = self._space("products", (len(k), *S.shape))
+        for product in np.matmul(k.swapaxes(-1, -2), v, out=products):
+            np.add(S, product, out=S)
         return S
 
     def _holds(self, S: Array, v: Array) -> bool:
@@ -213,7 +228,7 @@ class _Head:
         top, total = top[:, :-1], top[:, -1:]
         least, most = total.min(initial=1), total.max(initial=1)
         if self.job.carries_log:
-            in_range = LEAST_TOTAL <= least and most <= MOST_TOTAL
+            in_range = least >= LEAST_TOTAL and most <= MOST_TOTAL
             if not (in_range and phi.max(initial=0) <= MOST_FEATURE):
                 return False
         elif not (np.isfinite(least) and np.isfinite(most)):
