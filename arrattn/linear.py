@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from arrattn._core import inputs, recurrence
+from arrattn._core import inputs, loops, recurrence
 from arrattn._core.typing import Array
 from arrattn._state import LinearState
-from arrattn.feature_maps import FeatureMap, elu_plus_one, read_map
+from arrattn.feature_maps import FeatureMap, elu_plus_one, identity
+from arrattn.feature_maps._read import read_map
 
 __all__ = ["linear_attention"]
 
@@ -131,7 +132,7 @@ def linear_attention(
         return_state=return_state,
     )
     out, S, z = recurrence.attend(how, operands)
-    out = x.ungroup(out)
+    out = x.xp.astype(x.ungroup(out), q.dtype, copy=False)
     if not return_state:
         return out
     return out, LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
@@ -144,6 +145,8 @@ def read_call(
     function = "linear_attention"
     x = inputs.read_linear(function, q, k, v, **options)
     phi = read_map(options["feature_map"])
+    if phi.positional:
+        x, phi = _placed(x, phi), identity
     how = recurrence.How(
         xp=x.xp,
         feature_map=phi,
@@ -158,14 +161,28 @@ def read_call(
     return x, how, _operands(x, phi, function, padded=options["key_mask"] is not None)
 
 
+def _placed(x: inputs.LinearInputs, phi: FeatureMap) -> inputs.LinearInputs:
+    """Features in the place of queries and keys, for a map that asks where they are."""
+    xp, (nq, nk) = x.xp, (x.q.shape[-2], x.k.shape[-2])
+    on = loops.device_of(x.q)
+    last = nk if x.kv_lengths is None else x.kv_lengths
+    if not isinstance(last, int):
+        last = xp.reshape(last, (*last.shape, 1, 1, 1))  # beside heads, groups and queries
+    p, j = xp.arange(nq, device=on) + (last - nq), xp.arange(nk, device=on)
+    at: Any = phi  # only these maps take positions
+    q = at.phi_q(xp.astype(x.q, x.acc), xp, positions=p).phi
+    return x._replace(q=q, k=at.phi_k(xp.astype(x.k, x.acc), xp, positions=j).phi)
+
+
 def _operands(
     x: inputs.LinearInputs, phi: FeatureMap, function: str, *, padded: bool
 ) -> recurrence.Operands:
     """Lay out the arrays for the recurrence; a length that is a number cuts the keys."""
     state = x.state
-    like = x.xp.astype(x.k[..., :0, :], x.acc)
+    weights = phi.weights(x.xp.astype(x.k[..., :0, :], x.acc), x.xp)
     if state is not None:
-        hkv, dphi = x.k.shape[-3], recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
+        f = recurrence.features_of(phi, x.k, x.acc, x.xp, weights)
+        hkv, dphi = x.k.shape[-3], f.phi.shape[-1]
         heads = () if x.no_head else (hkv,)
         lead = (*x.batch, *heads, dphi)
         inputs.read_state(state, ((*lead, x.v.shape[-1]), lead), x.acc, function)
@@ -180,7 +197,7 @@ def _operands(
         k_ids=x.k_ids,
         lengths=None,
         state=state,
-        weights=phi.weights(like, x.xp),
+        weights=weights,
     )
     if x.kv_lengths is None:
         return operands

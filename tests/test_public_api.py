@@ -36,7 +36,8 @@ EXPORTS = {
         "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
     ],
     "feature_maps": [
-        "FeatureMap", "Features", "elu_plus_one", "gaussian", "laplacian", "relu", "softmax",
+        "FeatureMap", "Features", "cosformer", "elu_plus_one", "exp", "gaussian", "hedgehog",
+        "identity", "laplacian", "relu", "softmax", "softmax_features", "squared", "taylor2",
     ],
     "reference": [
         "linear_attention", "linear_steps", "local_attention", "merge", "softmax_attention",

@@ -20,7 +20,8 @@ import numpy as np
 from arrattn._core import loops, staging, streams, tiles
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
-from arrattn.feature_maps import Custom, FeatureMap, Features
+from arrattn.feature_maps import FeatureMap, Features
+from arrattn.feature_maps._base import Custom
 
 #: Tokens per step: products within a chunk cost as much as those with the memory.
 CHUNK = 128
@@ -138,14 +139,15 @@ def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
     `run` on NumPy: a job for each batch item and key head.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
-    f = features_of(how.feature_map, x.k, how.acc, how.xp)
+    f = features_of(how.feature_map, x.k, how.acc, how.xp, x.weights)
     dphi = f.phi.shape[-1]
     out = np.empty((*how.batch, hkv, g, nq, dv), x.q.dtype)
     S = np.empty((*how.batch, hkv, dphi, dv), how.acc)
     z = np.empty((*how.batch, hkv, dphi), how.acc)
     alone = how._replace(batch=())
-    # Streams neither sort tokens nor give weights as they stand beside logarithms.
-    streamed = form(how, x) != "sorted" and (how.normalize or f.log is None)
+    # Streams do not sort tokens, and multiply logarithms in where ratios of positive sums result.
+    plain = f.log is None or (how.normalize and how.feature_map.non_negative)
+    streamed = plain and form(how, x) != "sorted"
 
     def job(b: tuple[int, ...], h: int) -> None:
         at: Any = (*b, slice(h, h + 1))
@@ -268,9 +270,11 @@ def form(how: How, x: Operands) -> str:
     return "side by side" if how.is_causal else "all at once"
 
 
-def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
+def features_of(
+    feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace, weights: Array | None = None
+) -> Features:
     """The features of no keys at all: their number, and whether logarithms come with them."""
-    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp)
+    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp, weights)
 
 
 # -- Three ways through the tokens ------------------------------------------------------------
@@ -443,7 +447,7 @@ def _gather_tokens(x: Array, index: Array, how: How) -> Array:
 def _start(how: How, x: Operands) -> Memory:
     """The memory before any key: empty, or the state that came in."""
     xp, device = how.xp, loops.device_of(x.q)
-    f = features_of(how.feature_map, x.k, how.acc, xp)
+    f = features_of(how.feature_map, x.k, how.acc, xp, x.weights)
     shape = (*how.batch, x.k.shape[-3], f.phi.shape[-1], x.v.shape[-1] + 1)
     if x.state is None:
         S = xp.zeros(shape, dtype=how.acc, device=device)

@@ -9,6 +9,7 @@ to `recurrence`, which goes on from the state reached.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,16 +190,24 @@ class _Head:
         return phi
 
     def _keys(self, j0: int, j1: int) -> tuple[Array, Array]:
-        """Features of some keys (n, Dphi), and their values beside a one (n, Dv + 1)."""
+        """
+        Features of some keys (n, Dphi), and their values beside a one (n, Dv + 1).
+
+        What is not finite in keys or values leaves something that is not, for `_holds` to see.
+        """
         job, n = self.job, j1 - j0
+        held = self._held(job.k[j0:j1])
         phi, v = (
             self._space(s, (n, m)) for s, m in zip(("keys", "values"), self.S.shape, strict=True)
         )
-        job.feature_map.write_k(self._held(job.k[j0:j1]), phi, job.weights)
+        job.feature_map.write_k(held, phi, job.weights)
         v[:, :-1], v[:, -1] = job.v[j0:j1], 1
         if job.mask is not None:
-            hidden = ~job.mask[j0:j1]
-            phi[hidden], v[hidden] = 0, 0
+            there = job.mask[j0:j1]
+            phi[~there], v[~there], held = 0, 0, held[there]
+        # Some maps make a feature of 0, and others one of 1, of a key at infinity.
+        if not np.isfinite(np.matmul(loops.ones_column(len(held), held.dtype).T, held)).all():
+            v[0, -1] = math.nan
         return phi, v
 
     def _sums(self, phi: Array, v: Array) -> Array:

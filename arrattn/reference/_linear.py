@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 
 from arrattn import feature_maps
 from arrattn._state import LinearState
+from arrattn.feature_maps._read import read_map
 from arrattn.reference._reading import (
     Array,
     Namespace,
@@ -86,7 +87,7 @@ def linear_attention(
     """
     xp = array_namespace(q, k, v)
     q_, k_, v_ = read(q, k, v, xp)
-    f_q, f_k = _features(feature_map, q_, k_, xp)
+    f_q, f_k = _features(feature_map, q_, k_, xp, kv_lengths)
     S0, z0 = _initial(initial_state, f_k.phi, v_, q, xp)
     there = _there(key_mask, kv_lengths, k_, xp)  # (..., 1, 1, Nk)
     phi_q, log_q = f_q.phi, _log(f_q, xp)
@@ -220,9 +221,17 @@ def _there(key_mask: Array | None, kv_lengths: Any, k: Array, xp: Namespace) -> 
     return there if key_mask is None else there & key_mask[..., None, None, :]
 
 
-def _features(feature_map: Any, q: Array, k: Array, xp: Namespace) -> Any:
+def _features(feature_map: Any, q: Array, k: Array, xp: Namespace, kv_lengths: Any = None) -> Any:
     """Return the features of queries and of keys."""
-    phi = feature_maps.read_map(feature_map)
+    phi = read_map(feature_map)
+    if phi.positional:
+        at: Any = phi  # only these maps take positions
+        p, j = (xp.arange(x.shape[-2], device=device_of(x)) for x in (q, k))
+        last = k.shape[-2]
+        if kv_lengths is not None:  # (..., 1, 1, 1): beside heads, queries and keys
+            last = counts(kv_lengths, j.dtype, xp, device_of(k))[..., 0]
+        p = p + (last - q.shape[-2])
+        return at.phi_q(q, xp, positions=p), at.phi_k(k, xp, positions=j)
     return phi.phi_q(q, xp), phi.phi_k(k, xp)
 
 
