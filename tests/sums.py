@@ -162,6 +162,7 @@ def linear_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[An
 
     Sums of ``a_i b_i`` carry an error of ``eps |a| |b|``, features one of `eps` times their
     exponent; a quotient has the errors of both its sums over the size of the lower one.
+    A weight that decays by `e^-x` is off by `1 + x` units, less than 2 of a decay half as fast.
     """
     options = options_of(case)
     phi = read_map(options["feature_map"])
@@ -177,6 +178,10 @@ def linear_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[An
         ones_state = LinearState(z_norm[..., None], z_norm)
         bound_state = LinearState(S_norm, z_norm)
     by_norms = plain | {"feature_map": norms}
+    if (g := options.get("log_decay")) is not None:
+        unit, width = 2 * unit, phi.output_dim(case.q.shape[-1])
+        by_channel = g.ndim >= min(case.v.ndim, 3) and g.shape[-1] in (1, width)
+        by_norms["log_decay"] = 0.5 * (np.max(g, axis=-1, keepdims=True) if by_channel else g)
     upper, after = reference.linear_attention(
         case.q, case.k, top_v, initial_state=bound_state, return_state=True, **by_norms
     )

@@ -13,7 +13,9 @@ import arrattn
 
 ROOT = Path(arrattn.__file__).parent
 LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "tensorflow", "mlx", "ndonnx"}
-FAMILIES = [ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear")]
+FAMILIES = [
+    ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear", "delta", "adapters")
+]
 CORE = sorted((ROOT / "_core").glob("*.py"))
 
 #: Files whose purpose is to hold what differs between libraries.
@@ -23,16 +25,19 @@ NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
 LEVELS = [
     {"_core.typing", "_state"},
     {"_core.loops"},
-    {"_core.tiles"},
+    {"_core.tiles", "_core.decay"},
+    {"_core.order"},
     {"patterns", "feature_maps", "_core.online_softmax"},
     {"_core.inputs", "_core.plan", "_core.staging"},
-    {"_core.sight"},
+    {"_core.sight", "_core.packed"},
     {"_core.native"},
     {"_core.fold", "_core.gather", "_core.streams"},
     {"_core.jobs"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
-    {"_core.ways"},
+    {"_core.ways", "_core.gated"},
     {"dense", "local", "sparse", "linear", "merge"},
+    {"delta"},
+    {"adapters"},
     {"explain"},
     {"", "reference"},
 ]

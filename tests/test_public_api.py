@@ -23,15 +23,20 @@ SIGNATURES = {
         f"{SCORES})"
     ),
     "linear_attention": (
-        "(q, k, v, /, *, feature_map=elu_plus_one, is_causal=False, key_mask=None, "
-        "kv_lengths=None, segment_ids=None, normalize=True, scale=1.0, initial_state=None, "
-        "return_state=False)"
+        "(q, k, v, /, *, feature_map=elu_plus_one, log_decay=None, is_causal=False, "
+        "key_mask=None, kv_lengths=None, segment_ids=None, normalize=True, scale=1.0, "
+        "initial_state=None, return_state=False)"
+    ),
+    "delta_attention": (
+        "(q, k, v, /, *, beta, log_decay=None, key_mask=None, kv_lengths=None, "
+        "segment_ids=None, scale=1.0, initial_state=None, return_state=False)"
     ),
     "merge": "(parts, /)",
     "explain": "(function, /, *args, **kwargs)",
 }
 
 EXPORTS = {
+    "adapters": ["onnx_linear_attention"],
     "patterns": [
         "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
     ],
@@ -40,9 +45,10 @@ EXPORTS = {
         "identity", "laplacian", "relu", "softmax", "softmax_features", "squared", "taylor2",
     ],
     "reference": [
-        "linear_attention", "linear_steps", "local_attention", "merge", "softmax_attention",
-        "sparse_attention",
+        "delta_attention", "delta_steps", "linear_attention", "linear_steps", "local_attention",
+        "merge", "softmax_attention", "sparse_attention",
     ],
+    "delta": ["delta_attention"],
     "dense": ["attention"],
     "explain": ["Explanation", "explain"],
     "local": ["local_attention"],
@@ -54,9 +60,12 @@ EXPORTS = {
 
 def test_the_package_exports_this_and_nothing_else() -> None:
     assert arrattn.__all__ == [
+        "DeltaState",
         "LinearState",
         "__version__",
+        "adapters",
         "attention",
+        "delta_attention",
         "explain",
         "feature_maps",
         "get_num_threads",
@@ -97,7 +106,7 @@ def test_signatures(name: str) -> None:
 def test_the_reference_takes_the_same_arguments() -> None:
     from arrattn import reference
 
-    for name in ("local_attention", "sparse_attention", "linear_attention"):
+    for name in ("local_attention", "sparse_attention", "linear_attention", "delta_attention"):
         theirs = inspect.signature(getattr(reference, name)).parameters
         ours = inspect.signature(getattr(arrattn, name)).parameters
         if any(p.kind is p.VAR_KEYWORD for p in theirs.values()):
