@@ -27,8 +27,9 @@ MORE_RANDOM = (
     "binning",
 )  # fmt: skip
 MORE_FINITE = ("exp", "softmax_features", "taylor2", "squared", "hedgehog")
+BY_LANDMARKS = ("nystrom",)
 ALL_RANDOM = (*RANDOM, *MORE_RANDOM)
-ALL_MAPS = (*MAPS, *MORE_FINITE, *MORE_RANDOM)
+ALL_MAPS = (*MAPS, *MORE_FINITE, *MORE_RANDOM, *BY_LANDMARKS)
 NON_NEGATIVE = (
     "elu_plus_one", "relu", "square", "softmax", "gaussian", *MORE_FINITE, "softmax hyperbolic",
     "softmax independent", "gaussian hyperbolic", "binning",
@@ -54,6 +55,9 @@ def make_map(name: str, dim: int, num_features: int = 8, rng: int = 3) -> Any:
     if name == "hedgehog":
         both = np.random.default_rng(rng).normal(size=(2, dim, num_features // 2))
         return feature_maps.hedgehog(*both)
+    if name == "nystrom":
+        points = np.random.default_rng(rng).normal(size=(20, dim))
+        return feature_maps.nystrom(feature_maps.taylor2, points)
     if name == "softmax":
         return feature_maps.softmax(**drawn)
     if name == "laplacian":
@@ -208,6 +212,13 @@ def exponent(phi: FeatureMap, case: Case) -> float:
     if weights is None:
         return x + case.q.shape[-1]
     factor = getattr(phi, "_factor", None)
-    if factor is None:  # none in a grid's cells, and one in the exponentials of given weights
-        return x + longest(weights.swapaxes(-1, -2)) * x if phi.name == "hedgehog" else x
+    if phi.name == "hedgehog":
+        return x + longest(weights.swapaxes(-1, -2)) * x
+    if phi.name == "nystrom":  # features are differences of values of the kernel
+        d = case.q.shape[-1]
+        points = (y.reshape(-1, d) for y in (case.q, case.k))
+        values = max(longest(phi.of.kernel(y, weights[:, :d])) for y in points)
+        return x + values * float(np.linalg.norm(weights[:, d:], 2))
+    if factor is None:  # a grid's cells
+        return x
     return longest(weights.T) * factor * x + 2 * (factor * x) ** 2 + phi.num_features

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 from lanes import Lane, close
-from sums import ALL_MAPS, ALL_RANDOM, make_map
+from strategies import Case
+from sums import ALL_MAPS, ALL_RANDOM, BY_LANDMARKS, exponent, make_map
 from tolerance import C, eps, largest
 
 from arrattn import feature_maps
@@ -49,6 +51,7 @@ FORMULAS = {
     "softmax_features": lambda x, y: share(x) @ share(y),
     "taylor2": lambda x, y: 1 + np.dot(x, y) + np.dot(x, y) ** 2 / 2,
     "squared": lambda x, y: np.dot(x, y) ** 2,
+    "nystrom": lambda x, y: 1 + np.dot(x, y) + np.dot(x, y) ** 2 / 2,
     "hedgehog": lambda x, y: hedged(x, 0) @ hedged(y, 1),
     "binning": lambda x, y: 0.25 + 0.75 * np.exp(-np.abs(x - y).sum() / 8.0),
 }
@@ -77,7 +80,7 @@ def test_the_kernel_is_the_formula(lane: Lane, name: str) -> None:
     lane.check(got, expected, dtype="float64", within=C * D * eps("float64") * largest(expected))
 
 
-@pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in ALL_RANDOM])
+@pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in (*ALL_RANDOM, *BY_LANDMARKS)])
 def test_finite_features_are_the_kernel(name: str) -> None:
     x, y = points()
     phi = read_map(make_map(name, D))
@@ -131,7 +134,7 @@ def test_projections_are_orthogonal_and_of_normal_length() -> None:
     assert abs(np.square(w).sum(-1).mean() - 16) < 4.5 * np.sqrt(32 / 4096)
 
 
-@pytest.mark.parametrize("name", ALL_MAPS)
+@pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in BY_LANDMARKS])
 def test_signs_are_as_declared(name: str) -> None:
     x, y = (3 * p for p in points(50))
     phi = read_map(make_map(name, D))
@@ -145,6 +148,33 @@ def test_numbers_that_are_none_are_not_swallowed(lane: Lane, name: str) -> None:
     got = lane.to_numpy(read_map(make_map(name, 3)).phi(x, lane.namespace).phi)
     assert np.isnan(got[0, 0])
     assert got[0, -1] == np.inf
+
+
+def test_landmarks_that_span_the_features_leave_no_error() -> None:
+    # Of ``1 + D + D (D + 1) / 2`` dimensions, 20 points in general position leave none out.
+    x, y = points()
+    phi = make_map("nystrom", D)
+    assert phi.output_dim(D) == feature_maps.taylor2.output_dim(D) == 15
+    case = Case(x, y, y[:, :1], {"feature_map": phi})
+    lengths = np.sqrt([np.diagonal(phi.kernel(z, z)).max() for z in (x, y)])
+    within = C * eps("float64") * (1 + exponent(phi, case)) * np.prod(lengths)
+    close(by_features(phi, x, y), phi.kernel(x, y), within=within)
+
+
+def test_landmarks_that_repeat_each_other_count_once() -> None:
+    some = points()[0]
+    phi = feature_maps.nystrom(feature_maps.taylor2, np.concatenate([some, some]))
+    assert phi.output_dim(D) == len(some)
+
+
+def test_landmarks_are_closer_than_as_many_random_features() -> None:
+    rng = np.random.default_rng(2)
+    x, y, landmarks = (rng.normal(size=(n, D)) for n in (40, 50, 64))
+    make = functools.partial(feature_maps.gaussian, 2.0, dim=D, num_features=64)
+    exact = make(rng=0).kernel(x, y)
+    random = [by_features(make(rng=s, features="hyperbolic"), x, y) - exact for s in range(30)]
+    phi = feature_maps.nystrom(make(rng=0), landmarks)
+    assert np.linalg.norm(by_features(phi, x, y) - exact) < min(map(np.linalg.norm, random))
 
 
 def test_maps_print_as_they_are_written() -> None:
@@ -199,6 +229,32 @@ def test_maps_print_as_they_are_written() -> None:
         ),
         (lambda d: feature_maps.laplacian(-1.0, **d), ValueError, "sigma: expected a positive"),
         (lambda d: feature_maps.gaussian(True, **d), TypeError, "sigma: expected a real number"),
+        (lambda d: feature_maps.nystrom(np.ones, np.ones((2, D))), TypeError, "of: expected a"),
+        (
+            lambda d: feature_maps.nystrom(feature_maps.cosformer(3), np.ones((2, D))),
+            TypeError,
+            "without positions",
+        ),
+        (
+            lambda d: feature_maps.nystrom(feature_maps.taylor2, [[1.0]]),
+            TypeError,
+            "landmarks: expected a NumPy array",
+        ),
+        (
+            lambda d: feature_maps.nystrom(feature_maps.taylor2, np.ones(D)),
+            ValueError,
+            r"landmarks: expected shape \(m, D\)",
+        ),
+        (
+            lambda d: feature_maps.nystrom(feature_maps.taylor2, np.full((2, D), np.nan)),
+            ValueError,
+            "landmarks: expected finite",
+        ),
+        (
+            lambda d: feature_maps.nystrom(feature_maps.softmax(**d), np.ones((2, D + 1))),
+            ValueError,
+            "of: expected dim=5",
+        ),
         (lambda d: feature_maps.cosformer(0), ValueError, "length: expected at least 1, got 0"),
         (lambda d: feature_maps.cosformer(4.0), TypeError, "length: expected an int"),
         (lambda d: feature_maps.cosformer(4, start=-1), ValueError, "start: expected at least 0"),

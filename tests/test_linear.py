@@ -500,6 +500,12 @@ def test_a_function_may_change_between_calls() -> None:
         ({"feature_map": feature_maps.gaussian}, TypeError, "call it: gaussian"),
         ({"feature_map": feature_maps.cosformer}, TypeError, "call it: cosformer"),
         ({"feature_map": feature_maps.hedgehog}, TypeError, "call it: hedgehog"),
+        ({"feature_map": feature_maps.nystrom}, TypeError, "call it: nystrom"),
+        (
+            {"feature_map": feature_maps.nystrom(feature_maps.taylor2, np.ones((2, 5)))},
+            ValueError,
+            "expected landmarks of width D = 3, got 5",
+        ),
         (
             {"feature_map": feature_maps.softmax(dim=5, num_features=4, rng=0)},
             ValueError,

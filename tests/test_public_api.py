@@ -42,7 +42,8 @@ EXPORTS = {
     ],
     "feature_maps": [
         "FeatureMap", "Features", "cosformer", "elu_plus_one", "exp", "gaussian", "hedgehog",
-        "identity", "laplacian", "relu", "softmax", "softmax_features", "squared", "taylor2",
+        "identity", "laplacian", "nystrom", "relu", "softmax", "softmax_features", "squared",
+        "taylor2",
     ],
     "reference": [
         "delta_attention", "delta_steps", "linear_attention", "linear_steps", "local_attention",

@@ -1,5 +1,5 @@
 """
-``arrattn compare --task features``: how far random features are from their kernel.
+``arrattn compare --task features``: how far features are from the kernel they stand for.
 
 On real activations: the output of linear attention by so many features, against attention by
 the exact kernel over all pairs.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,28 +23,29 @@ __all__ = ["HEAD", "Curve", "curves", "draw", "rows"]
 
 Host = np.ndarray[Any, Any]
 
-WIDTHS = (32, 64, 128, 256, 512, 1024, 2048)
+WIDTHS = (32, 64, 128, 256, 512, 1024)
 DRAWS = 5
 HEAD = ("kernel", "features", *(f"{m:,}" for m in WIDTHS))
 
-#: The kernels, and of which features each has a curve: a name, and the options that make it.
+#: Features of exponentials: a name, and the options that make them.
+_EXPONENTIAL: dict[str, dict[str, Any]] = {
+    "positive": {},
+    "positive, independent": {"orthogonal": False},
+    "hyperbolic": {"features": "hyperbolic"},
+    "trigonometric": {"features": "trigonometric"},
+    "nystrom, some of the tokens": {"landmarks": True},
+}
+
+#: The kernels, and of which features each has a curve.
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
-    "softmax": {
-        "positive": {},
-        "positive, independent": {"orthogonal": False},
-        "hyperbolic": {"features": "hyperbolic"},
-        "trigonometric": {"features": "trigonometric"},
-    },
-    "gaussian": {
-        "positive": {},
-        "positive, independent": {"orthogonal": False},
-        "hyperbolic": {"features": "hyperbolic"},
-        "trigonometric": {"features": "trigonometric"},
-    },
+    "softmax": _EXPONENTIAL,
+    "softmax, scale / 4": _EXPONENTIAL,
+    "gaussian": _EXPONENTIAL,
     "laplacian": {
         "trigonometric": {},
         "binning, 4 bins": {"features": "binning", "bins": 4},
         "binning, 16 bins": {"features": "binning", "bins": 16},
+        "nystrom, some of the tokens": {"landmarks": True},
     },
 }
 
@@ -88,39 +90,43 @@ def curves(inputs: Inputs, seed: int) -> Iterator[Curve]:
     q = inputs.q.astype(np.float64)
     k, v = (np.repeat(x.astype(np.float64), group, axis=0) for x in (inputs.k, inputs.v))
     for kernel, kinds in KINDS.items():
-        make = _maker(kernel, q, k)
-        w = make(num_features=16, rng=0).kernel(q, k)
+        make = _maker(kernel, q, k, seed)
+        w = make(16, 0).kernel(q, k)
         exact = w @ v / np.sum(w, axis=-1, keepdims=True)
         mean = np.broadcast_to(np.mean(v, axis=-2, keepdims=True), exact.shape)
         for features, options in kinds.items():
-            errors = tuple(
-                tuple(
-                    _off(
-                        linear_attention(
-                            q, k, v, feature_map=make(num_features=m, rng=seed + i, **options)
-                        ),
-                        exact,
-                    )
-                    for i in range(DRAWS)
-                )
-                for m in WIDTHS
-            )
-            yield Curve(kernel, features, errors, _off(mean, exact))
+            errors = []
+            for m in WIDTHS:
+                maps = (make(m, draw, **options) for draw in range(DRAWS))
+                outs = (linear_attention(q, k, v, feature_map=phi) for phi in maps)
+                errors.append(tuple(_off(out, exact) for out in outs))
+            yield Curve(kernel, features, tuple(errors), _off(mean, exact))
 
 
-def _maker(kernel: str, q: Host, k: Host) -> Callable[..., FeatureMap]:
-    """How maps of a kernel are made; half of all distances are below the bandwidth."""
+def _maker(kernel: str, q: Host, k: Host, seed: int) -> Callable[..., FeatureMap]:
+    """How maps of a kernel are made; the bandwidth is half of the median distance."""
     dim = q.shape[-1]
-    make = getattr(feature_maps, kernel)
-    if kernel == "softmax":
-        return lambda **options: make(dim=dim, **options)
-    apart = q[:, ::8, None, :] - k[:, None, ::8, :]
-    order = 1 if kernel == "laplacian" else 2
-    sigma = float(np.median(np.linalg.norm(apart, ord=order, axis=-1)))
-    return lambda **options: make(sigma, dim=dim, **options)
+    name, _, softer = kernel.partition(",")
+    if name == "softmax":
+        make = partial(feature_maps.softmax, scale=dim**-0.5 / (4 if softer else 1))
+    else:
+        apart = q[:, ::8, None, :] - k[:, None, ::8, :]
+        order = 1 if name == "laplacian" else 2
+        sigma = 0.5 * float(np.median(np.linalg.norm(apart, ord=order, axis=-1)))
+        make = partial(getattr(feature_maps, name), sigma)
+    tokens = np.concatenate([q, k]).reshape(-1, dim)
+
+    def made(m: int, draw: int, *, landmarks: bool = False, **options: Any) -> FeatureMap:
+        phi: FeatureMap = make(dim=dim, num_features=m, rng=seed + draw, **options)
+        if not landmarks:
+            return phi
+        chosen = np.random.default_rng(seed + draw).choice(tokens, m, replace=len(tokens) < m)
+        return feature_maps.nystrom(phi, chosen)
+
+    return made
 
 
-def _off(out: Host, exact: Host) -> float:
+def _off(out: Any, exact: Host) -> float:
     return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
 
 
@@ -163,9 +169,9 @@ def draw(path: Path, found: Sequence[Curve], title: str) -> None:
     """
     from arrattn.bench.plot import INK, describe, save, sheet
 
-    colours = ("#d55e00", "#e69f00", "#0072b2", "#009e73")
-    figure = sheet((13.5, 4.6), title)
-    for axes, kernel in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
+    colours = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#cc79a7")
+    figure = sheet((16.0, 4.2), title)
+    for axes, kernel in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
         own = [curve for curve in found if curve.kernel == kernel]
         for curve, colour in zip(own, colours, strict=False):
             middle = [statistics.median(errors) for errors in curve.errors]
@@ -178,13 +184,13 @@ def draw(path: Path, found: Sequence[Curve], title: str) -> None:
         axes.plot(WIDTHS, promised, color=INK, linewidth=0.8, linestyle=":", label="1 / sqrt(m)")
         axes.axhline(own[0].mean_error, color=INK, linewidth=0.8, linestyle="--")
         axes.annotate(
-            "the mean of the values", (WIDTHS[0], own[0].mean_error), xytext=(0, 3),
-            textcoords="offset points", fontsize=8, color=INK,
+            "the mean of the values", (WIDTHS[-1], own[0].mean_error), xytext=(0, 3),
+            textcoords="offset points", fontsize=8, color=INK, ha="right",
         )  # fmt: skip
         describe(axes, f"{kernel} kernel", "error: |o - exact| / |exact|")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(WIDTHS, [f"{m:,}" for m in WIDTHS], fontsize=8)
-        axes.set_xlabel("features (line: median of 5 draws; band: min to max)", fontsize=9)
-        axes.legend(fontsize=8)
-    save(figure, path)
+        axes.set_xticks(WIDTHS, [f"{m:,}" for m in WIDTHS], fontsize=7)
+        axes.set_xlabel("features m (median; min to max)", fontsize=9)
+        axes.legend(fontsize=7)
+    save(figure, path, dpi=100)

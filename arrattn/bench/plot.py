@@ -88,7 +88,7 @@ def sheet(size: tuple[float, float], title: str) -> Any:
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, dpi: int = 130) -> None:
     """
     Write a picture to a file.
 
@@ -98,8 +98,10 @@ def save(figure: Any, path: Path) -> None:
         The picture.
     path : Path
         Where; the ending chooses its kind.
+    dpi : int, default: 130
+        Dots per inch.
     """
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=dpi)
 
 
 def _curves(

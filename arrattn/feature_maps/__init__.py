@@ -9,6 +9,7 @@ Every map here knows its exact kernel, so that what it costs in accuracy can be 
   ready to use; `cosformer` weighs by distance, and `hedgehog` has weights of yours.
 - `gaussian`, `laplacian` and `softmax`: random features of a width you choose, drawn once
   from the `rng` you pass; the same seed gives the same weights on every array library.
+- `nystrom`: features of any of these kernels by its values at points you choose.
 - Any callable ``phi(x) -> features`` serves too, and None is the identity.
 """
 
@@ -26,6 +27,7 @@ from arrattn.feature_maps._elementwise import (
 from arrattn.feature_maps._gaussian import gaussian
 from arrattn.feature_maps._hedgehog import hedgehog
 from arrattn.feature_maps._laplacian import laplacian
+from arrattn.feature_maps._nystrom import nystrom
 from arrattn.feature_maps._polynomial import squared, taylor2
 from arrattn.feature_maps._softmax import softmax
 
@@ -39,6 +41,7 @@ __all__ = [
     "hedgehog",
     "identity",
     "laplacian",
+    "nystrom",
     "relu",
     "softmax",
     "softmax_features",

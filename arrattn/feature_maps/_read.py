@@ -8,6 +8,7 @@ from arrattn.feature_maps._elementwise import identity
 from arrattn.feature_maps._gaussian import gaussian
 from arrattn.feature_maps._hedgehog import hedgehog
 from arrattn.feature_maps._laplacian import laplacian
+from arrattn.feature_maps._nystrom import nystrom
 from arrattn.feature_maps._softmax import softmax
 
 #: The functions that make maps, with the arguments that they need.
@@ -16,6 +17,7 @@ MAKERS = {
     gaussian: "sigma, dim=..., num_features=..., rng=...",
     hedgehog: "weights",
     laplacian: "sigma, dim=..., num_features=..., rng=...",
+    nystrom: "of, landmarks",
     softmax: "dim=..., num_features=..., rng=...",
 }
 
