@@ -28,7 +28,7 @@ from arrattn import (
     sparse_attention,
 )
 
-__all__ = ["HEAD", "Contender", "Score", "Writing", "contenders", "draw", "rows", "run", "write"]
+__all__ = ["Contender", "Score", "Writing", "contenders", "draw", "rows", "run", "write"]
 
 Host = np.ndarray[Any, Any]
 
@@ -37,7 +37,6 @@ PAIRS = (8, 16, 32, 64, 128, 256, 512)
 ITEMS = 4  # sequences over which a score is the mean
 SHARPNESS = 128.0  # of softmax: no other key is worth anything beside the right one
 NEWNESS = 24.0  # how much the newest key is ahead of the oldest, in scores
-HEAD = ("", "numbers kept", "written", *(f"{n} pairs" for n in PAIRS))
 
 
 class Writing(NamedTuple):
@@ -242,7 +241,7 @@ def run(seed: int) -> Iterator[Score]:
 
 def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     """
-    Set the scores as text, under `HEAD`.
+    Set the scores as text, under a head.
 
     Parameters
     ----------
@@ -252,16 +251,20 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
     Returns
     -------
     list of tuple of str
-        One row for each.
+        The head, and one row for each.
     """
+    head = ("", "numbers kept", "written", *(f"{n} pairs" for n in PAIRS))
     return [
-        (
-            score.contender.name,
-            score.contender.kept,
-            "twice" if score.twice else "once",
-            *(f"{100 * share:.0f} %" for share in score.shares),
-        )
-        for score in scores
+        head,
+        *(
+            (
+                score.contender.name,
+                score.contender.kept,
+                "twice" if score.twice else "once",
+                *(f"{100 * share:.0f} %" for share in score.shares),
+            )
+            for score in scores
+        ),
     ]
 
 

@@ -36,7 +36,8 @@ def run_task(settings: Settings) -> int:
 
 def _recall(settings: Settings) -> int:
     scores = list(recall.run(settings.seed))
-    print(markdown(recall.HEAD, recall.rows(scores)))
+    head, *body = recall.rows(scores)
+    print(markdown(head, body))
     print("\nshare of questions answered; written: how often each key was")
     return _picture(settings, lambda path: recall.draw(path, scores))
 
@@ -52,7 +53,8 @@ def _features(settings: Settings) -> int:
         found.append(curve)
         progress(f"{curve.kernel} kernel", curve.features)
     heads, n, width = inputs.q.shape
-    print(markdown(features.HEAD, features.rows(found)))
+    head, *body = features.rows(found)
+    print(markdown(head, body))
     print(f"\n{inputs.source}; {heads} heads of width {width}, {n:,} tokens")
     print("error against attention by the exact kernel, the median of draws, by features")
     title = f"arrattn compare --task features: {inputs.source}, {n:,} tokens"
