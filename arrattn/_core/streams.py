@@ -66,12 +66,15 @@ def run(job: Job, state: LinearState, out: Array) -> tuple[int, int, LinearState
     Returns
     -------
     i, j : int
-        How many queries are done, and how many keys are in the state.
+        How many queries are done, and how many keys are in the state: all, or all that fit.
+        With logarithms it is all or none, for sums that are too small hold too little of them.
     state : LinearState
         The state after those keys.
     """
     head = _Head(job, state, out)
     i, j = head.run()
+    if job.carries_log and (i, j) != (job.q.shape[-2], len(job.k)):
+        return i, 0, state
     return i, j, LinearState(head.S[:, :-1], head.S[:, -1])
 
 
