@@ -46,11 +46,13 @@ def test_weights_that_are_small_everywhere_are_not_lost(is_causal: bool) -> None
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_large_values_under_large_weights_do_not_overflow(is_causal: bool) -> None:
-    # Weights of e^30 times values of 2^100 are beyond single precision, and their means are not.
-    x = np.broadcast_to(draw(1, 3), (N, 3))
-    x = x * (20.0**0.5 * 3**0.25 / np.linalg.norm(x, axis=-1, keepdims=True))
-    case = Case(x, x, 2.0**100 * draw(N, 2), {"is_causal": is_causal})
-    check_mean(case, make_map("softmax", 3))
+    # Sums of such weights times values of 2^122 are beyond single precision, and means are not.
+    phi = make_map("softmax", 3)
+    w = phi.weights(np.zeros(1), np).T
+    longest = w[np.argmax(np.linalg.norm(w, axis=-1))]
+    x = np.broadcast_to(2 * longest / phi._factor, (N, 3))
+    assert phi.kernel(x[:1], x[:1]) > 2**10
+    check_mean(Case(x, x, 2.0**122 * draw(N, 2), {"is_causal": is_causal}), phi)
 
 
 def test_products_with_later_keys_may_overflow() -> None:
