@@ -248,6 +248,7 @@ def cosformers() -> list[dict[str, Any]]:
     ]
 
 
+@eager
 @pytest.mark.parametrize("options", cosformers(), ids=lambda o: "-".join(o) or "full")
 def test_cosformer_equals_the_reference(lane: Lane, options: dict[str, Any]) -> None:
     case = self_attention("relu")
@@ -256,6 +257,11 @@ def test_cosformer_equals_the_reference(lane: Lane, options: dict[str, Any]) -> 
     out = lane.call(linear_attention, *case.arrays, dtype="float64", **options)
     within = linear_errors(Case(*case.arrays, options), "float64", expected)[0]
     lane.check(out, expected, dtype="float64", within=within)
+
+
+@compiled
+def test_cosformer_equals_the_reference_where_loops_are_compiled(lane: Lane) -> None:
+    test_cosformer_equals_the_reference(lane, cosformers()[3])
 
 
 def test_cosformer_weighs_by_its_kernel() -> None:
