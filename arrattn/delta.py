@@ -5,7 +5,7 @@ from __future__ import annotations
 from arrattn._core import gated, inputs, recurrence
 from arrattn._core.typing import Array
 from arrattn._state import DeltaState
-from arrattn.feature_maps import read_map
+from arrattn.feature_maps._read import read_map
 from arrattn.linear import lay_out
 
 __all__ = ["delta_attention"]

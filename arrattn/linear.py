@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from arrattn._core import gated, inputs, recurrence
+from arrattn._core import gated, inputs, loops, recurrence
 from arrattn._core.typing import Array
 from arrattn._state import LinearState
-from arrattn.feature_maps import FeatureMap, elu_plus_one, read_map
+from arrattn.feature_maps import FeatureMap, elu_plus_one, identity
+from arrattn.feature_maps._read import read_map
 
 __all__ = ["linear_attention"]
 
@@ -160,6 +161,7 @@ def linear_attention(
         return_state=return_state,
     )
     out, state = attend(x, how, operands)
+    out = x.xp.astype(out, q.dtype, copy=False)  # placed features have no other dtype
     return (out, state) if return_state else out
 
 
@@ -187,6 +189,8 @@ def read_call(
     function = "linear_attention"
     x = inputs.read_linear(function, q, k, v, **options)
     phi = read_map(options["feature_map"])
+    if phi.positional:
+        x, phi = _placed(x, phi), identity
     how = recurrence.How(
         xp=x.xp,
         feature_map=phi,
@@ -204,13 +208,26 @@ def read_call(
     return x, how, _operands(x, phi, function, padded=options["key_mask"] is not None)
 
 
+def _placed(x: inputs.LinearInputs, phi: FeatureMap) -> inputs.LinearInputs:
+    """Features in the place of queries and keys, for a map that asks where they are."""
+    xp, (nq, nk) = x.xp, (x.q.shape[-2], x.k.shape[-2])
+    on = loops.device_of(x.q)
+    last = nk if x.kv_lengths is None else x.kv_lengths
+    if not isinstance(last, int):
+        last = xp.reshape(last, (*last.shape, 1, 1, 1))  # beside heads, groups and queries
+    p, j = xp.arange(nq, device=on) + (last - nq), xp.arange(nk, device=on)
+    at: Any = phi  # only these maps take positions
+    q = at.phi_q(xp.astype(x.q, x.acc), xp, positions=p).phi
+    return x._replace(q=q, k=at.phi_k(xp.astype(x.k, x.acc), xp, positions=j).phi)
+
+
 def _operands(
     x: inputs.LinearInputs, phi: FeatureMap, function: str, *, padded: bool
 ) -> recurrence.Operands:
     """Check a state against the number of features, and lay out the arrays."""
-    like, state = x.xp.astype(x.k[..., :0, :], x.acc), x.state
+    state, weights = x.state, phi.weights(x.xp.astype(x.k[..., :0, :], x.acc), x.xp)
     if state is not None:
-        dphi = recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
+        dphi = recurrence.features_of(phi, x.k, x.acc, x.xp, weights).phi.shape[-1]
         heads = () if x.no_head else (x.value_heads,)
         lead = (*x.outer, *heads, dphi)
         inputs.read_state(state, ((*lead, x.v.shape[-1]), lead), x.acc, function)
@@ -218,7 +235,7 @@ def _operands(
         S = inputs.lead_with_ones(state.S, full + 1, no_head=x.no_head)
         z = inputs.lead_with_ones(state.z, full, no_head=x.no_head)
         x = x._replace(state=LinearState(x.split_heads(S, 2), x.split_heads(z, 1)))
-    return lay_out(x, phi.weights(like, x.xp), padded=padded)
+    return lay_out(x, weights, padded=padded)
 
 
 def lay_out(x: inputs.LinearInputs, weights: Array | None, *, padded: bool) -> recurrence.Operands:

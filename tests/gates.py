@@ -16,7 +16,7 @@ from tolerance import C, accumulation, eps, longest
 
 from arrattn import DeltaState, LinearState, delta_attention, linear_attention, reference
 from arrattn._core import gated
-from arrattn.feature_maps import read_map
+from arrattn.feature_maps._read import read_map
 
 CHUNKS = st.sampled_from((1, 2, 4, 32))
 DECAYS = ("mixed", "slow", "fast", "none", "sudden")

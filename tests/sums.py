@@ -15,11 +15,25 @@ from tolerance import C, accumulation, eps, largest, longest
 
 from arrattn import LinearState, feature_maps, linear_attention, reference
 from arrattn._core import recurrence
-from arrattn.feature_maps import FeatureMap, Features, read_map
+from arrattn.feature_maps import FeatureMap, Features
+from arrattn.feature_maps._read import read_map
 
 RANDOM = ("softmax", "gaussian", "trigonometric", "laplacian")
 MAPS = ("elu_plus_one", "relu", "identity", "square", *RANDOM)
-NON_NEGATIVE = ("elu_plus_one", "relu", "square", "softmax", "gaussian")
+
+# More of each kind: they have to hold what the maps above hold, with fewer examples.
+MORE_RANDOM = (
+    "softmax hyperbolic", "softmax trigonometric", "softmax independent", "gaussian hyperbolic",
+    "binning",
+)  # fmt: skip
+MORE_FINITE = ("exp", "softmax_features", "taylor2", "squared", "hedgehog")
+BY_LANDMARKS = ("nystrom",)
+ALL_RANDOM = (*RANDOM, *MORE_RANDOM)
+ALL_MAPS = (*MAPS, *MORE_FINITE, *MORE_RANDOM, *BY_LANDMARKS)
+NON_NEGATIVE = (
+    "elu_plus_one", "relu", "square", "softmax", "gaussian", *MORE_FINITE, "softmax hyperbolic",
+    "softmax independent", "gaussian hyperbolic", "binning",
+)  # fmt: skip
 
 
 def square(x: Any) -> Any:
@@ -30,6 +44,20 @@ def square(x: Any) -> Any:
 def make_map(name: str, dim: int, num_features: int = 8, rng: int = 3) -> Any:
     """Build a feature map by name, as `linear_attention` takes it."""
     drawn: dict[str, Any] = {"dim": dim, "num_features": num_features, "rng": rng}
+    kind, _, features = name.partition(" ")
+    if features == "independent":
+        return feature_maps.softmax(**drawn, orthogonal=False)
+    if features:
+        width = {"sigma": 3.0} if kind == "gaussian" else {}
+        return getattr(feature_maps, kind)(**width, **drawn, features=features)
+    if name == "binning":
+        return feature_maps.laplacian(8.0, **drawn, features="binning", bins=4)
+    if name == "hedgehog":
+        both = np.random.default_rng(rng).normal(size=(2, dim, num_features // 2))
+        return feature_maps.hedgehog(*both)
+    if name == "nystrom":
+        points = np.random.default_rng(rng).normal(size=(20, dim))
+        return feature_maps.nystrom(feature_maps.taylor2, points)
     if name == "softmax":
         return feature_maps.softmax(**drawn)
     if name == "laplacian":
@@ -52,7 +80,7 @@ def chunks_of(size: int) -> Iterator[None]:
 
 
 @st.composite
-def linear_cases(draw: st.DrawFn, *, state: bool = True, maps: tuple[str, ...] = MAPS) -> Case:
+def linear_cases(draw: st.DrawFn, *, state: bool = True, maps: tuple[str, ...] = ALL_MAPS) -> Case:
     """Draw a call of linear attention; the map by its name."""
     q_shape, k_shape, v_shape = draw(shapes())
     seed = draw(st.integers(0, 999))
@@ -95,6 +123,8 @@ def some_state(case: Case, rng: np.random.Generator) -> LinearState:
 def options_of(case: Case) -> dict[str, Any]:
     """Give the options of a call, with the map itself for its name."""
     name = case.options["feature_map"]
+    if isinstance(name, FeatureMap):
+        return case.options
     return case.options | {"feature_map": make_map(name, case.q.shape[-1])}
 
 
@@ -181,5 +211,14 @@ def exponent(phi: FeatureMap, case: Case) -> float:
     weights = phi.weights(np.zeros(1), np)
     if weights is None:
         return x + case.q.shape[-1]
-    factor = phi._factor
+    factor = getattr(phi, "_factor", None)
+    if phi.name == "hedgehog":
+        return x + longest(weights.swapaxes(-1, -2)) * x
+    if phi.name == "nystrom":  # features are differences of values of the kernel
+        d = case.q.shape[-1]
+        points = (y.reshape(-1, d) for y in (case.q, case.k))
+        values = max(longest(phi.of.kernel(y, weights[:, :d])) for y in points)
+        return x + values * float(np.linalg.norm(weights[:, d:], 2))
+    if factor is None:  # a grid's cells
+        return x
     return longest(weights.T) * factor * x + 2 * (factor * x) ** 2 + phi.num_features

@@ -31,7 +31,7 @@ LEVELS = [
     {"_core.inputs", "_core.plan", "_core.staging"},
     {"_core.sight", "_core.packed"},
     {"_core.native"},
-    {"_core.fold", "_core.gather"},
+    {"_core.fold", "_core.gather", "_core.streams"},
     {"_core.jobs"},
     {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
     {"_core.ways", "_core.gated"},

@@ -41,7 +41,9 @@ EXPORTS = {
         "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
     ],
     "feature_maps": [
-        "FeatureMap", "Features", "elu_plus_one", "gaussian", "laplacian", "relu", "softmax",
+        "FeatureMap", "Features", "cosformer", "elu_plus_one", "exp", "gaussian", "hedgehog",
+        "identity", "laplacian", "nystrom", "relu", "softmax", "softmax_features", "squared",
+        "taylor2",
     ],
     "reference": [
         "delta_attention", "delta_steps", "linear_attention", "linear_steps", "local_attention",

@@ -21,7 +21,7 @@ from arrattn import patterns
 from arrattn._core import loops
 from arrattn._core.typing import Array, Device, DType, Namespace
 from arrattn._state import DeltaState, LinearState
-from arrattn.feature_maps import read_map
+from arrattn.feature_maps._read import read_map
 from arrattn.patterns import Pattern
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")

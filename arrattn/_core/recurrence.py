@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops, staging, tiles
+from arrattn._core import loops, staging, streams, tiles
 from arrattn._core.order import gather_tokens, merged_order, own_order
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
-from arrattn.feature_maps import Custom, FeatureMap, Features
+from arrattn.feature_maps import FeatureMap, Features
+from arrattn.feature_maps._base import Custom
 
 #: Tokens per step: products within a chunk cost as much as those with the memory.
 CHUNK = 128
@@ -156,15 +157,25 @@ def run_threads(
     `through` on NumPy: a job for each batch item and one or some of its key heads.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
-    dphi = features_of(how.feature_map, x.k, how.acc, how.xp).phi.shape[-1]
+    f = features_of(how.feature_map, x.k, how.acc, how.xp, x.weights)
+    dphi = f.phi.shape[-1]
     out = np.empty((*how.batch, hkv, g, nq, dv), x.q.dtype)
     S = np.empty((*how.batch, hkv, dphi, dv), how.acc)
     z = np.empty((*how.batch, hkv, dphi), how.acc)
     alone = how._replace(batch=())
+    # Streams do not sort tokens, and multiply logarithms in where ratios of positive sums result.
+    plain = f.log is None or (how.normalize and how.feature_map.non_negative)
+    streamed = through is run and plain and form(how, x) != "sorted"
 
     def job(b: tuple[int, ...], h: slice) -> None:
         at: Any = (*b, h)
-        _, S[at], z[at] = through(alone, x.item(b, h), out[at])
+        own, into = x.item(b, h), out[at]
+        if streamed:
+            own, into = _stream(alone, own, f, into)
+        if streamed and own.q.shape[-2] == own.k.shape[-2] == 0 and own.state:
+            S[at], z[at] = own.state
+        else:
+            _, S[at], z[at] = through(alone, own, into)
 
     heads = -(-hkv * math.prod(how.batch) // loops.num_threads()) if together else 1
     heads = max(1, min(heads, hkv))
@@ -176,6 +187,32 @@ def run_threads(
     largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
     loops.run_jobs(jobs, small=largest <= loops.SMALL)
     return out, S, z
+
+
+def _stream(how: How, x: Operands, f: Features, out: Array) -> tuple[Operands, Array]:
+    """Let `streams` do what it can of one head; what is left, and the state it has reached."""
+    state = LinearState(
+        np.zeros((f.phi.shape[-1], x.v.shape[-1]), how.acc), np.zeros(f.phi.shape[-1], how.acc)
+    )
+    if x.state:
+        state = LinearState(x.state.S[0], x.state.z[0])
+    job = streams.Job(
+        feature_map=how.feature_map,
+        carries_log=f.log is not None,
+        weights=x.weights,
+        q=x.q[0],
+        k=x.k[0],
+        v=x.v[0],
+        mask=None if x.key_mask is None else x.key_mask[0],
+        is_causal=how.is_causal,
+        normalize=how.normalize,
+        scale=how.scale,
+        acc=how.acc,
+        chunk=max(1, how.chunk // 2),
+    )
+    i, j, state = streams.run(job, state, out[0])
+    x = x.keys(j, x.k.shape[-2])._replace(q=x.q[..., i:, :])
+    return x._replace(state=LinearState(state.S[None], state.z[None])), out[..., i:, :]
 
 
 def run_blocks(
@@ -263,9 +300,11 @@ def form(how: How, x: Operands) -> str:
     return "side by side" if how.is_causal else "all at once"
 
 
-def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
+def features_of(
+    feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace, weights: Array | None = None
+) -> Features:
     """The features of no keys at all: their number, and whether logarithms come with them."""
-    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp)
+    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp, weights)
 
 
 # -- Three ways through the tokens ------------------------------------------------------------
@@ -372,7 +411,7 @@ FORMS = {"sorted": _sorted, "side by side": _side_by_side, "all at once": _all_a
 def start_memory(how: How, x: Operands) -> Memory:
     """The memory before any key: empty, or the state that came in."""
     xp, device = how.xp, loops.device_of(x.q)
-    f = features_of(how.feature_map, x.k, how.acc, xp)
+    f = features_of(how.feature_map, x.k, how.acc, xp, x.weights)
     shape = (*how.batch, x.k.shape[-3], f.phi.shape[-1], x.v.shape[-1] + _ones(x))
     if x.state is None:
         S = xp.zeros(shape, dtype=how.acc, device=device)

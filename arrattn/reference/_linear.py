@@ -7,6 +7,7 @@ from array_api_compat import array_namespace
 
 from arrattn import feature_maps
 from arrattn._state import LinearState
+from arrattn.feature_maps._read import read_map
 from arrattn.reference._gates import (
     between,
     decayed_products,
@@ -99,7 +100,7 @@ def linear_attention(
     """
     xp = array_namespace(q, k, v)
     q_, k_, v_ = _with_heads(*read(q, k, v, xp), xp)
-    f_q, f_k = _features(feature_map, q_, k_, xp)
+    f_q, f_k = _features(feature_map, q_, k_, xp, kv_lengths)
     S0, z0 = _initial(initial_state, f_k.phi, v_, q, xp)
     g = read_decay(log_decay, k_, f_k.phi.shape[-1], q, xp)
     there = _there(key_mask, kv_lengths, k_, xp)  # (..., 1, 1, Nk)
@@ -258,9 +259,17 @@ def _with_heads(q: Array, k: Array, v: Array, xp: Namespace) -> tuple[Array, Arr
     return to_heads(q, max(q.shape[-3], v.shape[-3]), xp), k, v
 
 
-def _features(feature_map: Any, q: Array, k: Array, xp: Namespace) -> Any:
+def _features(feature_map: Any, q: Array, k: Array, xp: Namespace, kv_lengths: Any = None) -> Any:
     """Return the features of queries and of keys."""
-    phi = feature_maps.read_map(feature_map)
+    phi = read_map(feature_map)
+    if phi.positional:
+        at: Any = phi  # only these maps take positions
+        p, j = (xp.arange(x.shape[-2], device=device_of(x)) for x in (q, k))
+        last = k.shape[-2]
+        if kv_lengths is not None:  # (..., 1, 1, 1): beside heads, queries and keys
+            last = counts(kv_lengths, j.dtype, xp, device_of(k))[..., 0]
+        p = p + (last - q.shape[-2])
+        return at.phi_q(q, xp, positions=p), at.phi_k(k, xp, positions=j)
     return phi.phi_q(q, xp), phi.phi_k(k, xp)
 
 
