@@ -74,6 +74,7 @@ def gradient_of_values(run: Run, case: Case) -> None:
     source="C7",
     given=lambda s: st.tuples(some(s, least=1), st.sampled_from((np.nan, 1.0))),
     needs=(*NEEDS, "visibility"),
+    choice="hidden content",
     most=60,
 )
 def hidden_gradients(run: Run, case: Case, value: float) -> None:
