@@ -239,7 +239,7 @@ def _explain(result: Result) -> None:
 
 
 def _summary(report: Report) -> str:
-    counts = {status: 0 for status in MARKS}
+    counts = dict.fromkeys(MARKS, 0)
     for result in report.results.values():
         counts[result.status] += 1
     return (

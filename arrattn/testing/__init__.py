@@ -7,11 +7,11 @@ the same. `LAWS` are the laws by name, `arrattn.testing.strategies` what the exa
 drawn with. It needs the package hypothesis: ``pip install "arrattn[testing]"``.
 """
 
-import importlib.util
-
-if importlib.util.find_spec("hypothesis") is None:
+try:
+    import hypothesis  # noqa: F401
+except ImportError as error:
     msg = 'arrattn.testing needs the package hypothesis: pip install "arrattn[testing]"'
-    raise ImportError(msg)
+    raise ImportError(msg) from error
 
 from arrattn.testing.check import Counterexample, Report, Result, check, pytest_laws
 from arrattn.testing.laws import LAWS, Law

@@ -154,8 +154,8 @@ class ArrayLibrary:
             x = x.get()
         elif self.name == "mlx.core" and str(x.dtype).endswith("bfloat16"):
             x = x.astype(self.module.float32)
-        x = np.asarray(x)
-        return x if x.dtype.kind in "biu" else x.astype(np.float64)
+        host: Host = np.asarray(x)
+        return host if host.dtype.kind in "biu" else host.astype(np.float64)
 
 
 def host_dtype(name: str) -> np.dtype[Any]:
@@ -166,7 +166,8 @@ def host_dtype(name: str) -> np.dtype[Any]:
             raise ImportError(msg)
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 

@@ -138,7 +138,7 @@ def exponent(phi: FeatureMap, q: Host, k: Host) -> float:
     x = max(longest(q), longest(k))
     weights: Any = phi.weights(np.zeros(1), np)
     if weights is None:
-        return x + q.shape[-1]
+        return float(x + q.shape[-1])
     factor: float = phi._factor  # type: ignore[attr-defined]
     features: int = phi.num_features  # type: ignore[attr-defined]
     return longest(weights.T) * factor * x + 2 * (factor * x) ** 2 + features

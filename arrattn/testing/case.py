@@ -88,7 +88,7 @@ class NamedMap:
             return squares
         if not self.random:
             return getattr(feature_maps, self.name)
-        drawn = {"dim": dim, "num_features": self.num_features, "rng": self.rng}
+        drawn: dict[str, Any] = {"dim": dim, "num_features": self.num_features, "rng": self.rng}
         if self.name == "softmax":
             return feature_maps.softmax(scale=1.0, **drawn)
         return feature_maps.gaussian(3.0, **drawn)
@@ -260,8 +260,8 @@ class Case:
         array of bool, shape (*batch, Hq, Nq), without heads where q has none
             True where one is seen.
         """
-        rows: Host = self.visible().any(-1)
-        return rows[0] if self.q.ndim == 2 else rows
+        rows: Host = np.asarray(np.any(self.visible(), axis=-1))
+        return rows[0, ...] if self.q.ndim == 2 else rows
 
 
 def built(options: Mapping[str, Any], dim: int) -> dict[str, Any]:

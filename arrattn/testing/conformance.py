@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import arrattn
 from arrattn.testing.adapters import ADAPTERS, Adapter
@@ -21,7 +22,7 @@ LIBRARIES = {
     "jax": "jax",
     "array-api-strict": "array-api-strict",
 }
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dense": arrattn.attention,
     "local": arrattn.local_attention,
     "sparse": arrattn.sparse_attention,

@@ -84,16 +84,19 @@ def broadcast(draw: Draw, shape: Shape, *, drop: bool = True) -> Shape:
     return tuple(1 if n > 1 and draw(FLIP) else n for n in shape[left_out:])
 
 
-def shapes(draw: Draw, without: Collection[str] = (), *, equal: bool = False) -> Shapes:
-    """Shapes of q, k and v."""
-    lengths = one_of(*LENGTHS) if "empty" in without else one_of(*LENGTHS, 0)
+def shapes(
+    draw: Draw, without: Collection[str] = (), *, equal: bool = False, few: bool = False
+) -> Shapes:
+    """Shapes of q, k and v; `few` different ones where each of them is compiled."""
+    some_lengths = (1, 3) if few else LENGTHS
+    lengths = one_of(*some_lengths, *(() if "empty" in without else (0,)))
     nq = draw(lengths)
     nk = nq if equal or "cross" in without else draw(lengths)
-    d = draw(one_of(1, 2, 4))
-    dv = d if "dv" in without else draw(one_of(1, 2, 3))
+    d = 2 if few else draw(one_of(1, 2, 4))
+    dv = d if few or "dv" in without else draw(one_of(1, 2, 3))
     hkv = draw(one_of(1, 2))
-    hq = hkv * (1 if "gqa" in without else draw(one_of(1, 2, 3)))
-    free = "rank" not in without
+    hq = hkv * (1 if "gqa" in without else draw(one_of(1, 2) if few else one_of(1, 2, 3)))
+    free = "rank" not in without and not few
     batch = draw(one_of(*(BATCHES if free else BATCHES[:2])))
     if batch == () and hq == 1 and free and draw(FLIP):
         return (nq, d), (nk, d), (nk, dv)
@@ -177,7 +180,7 @@ def some(draw: Draw, names: Sequence[str], least: int, most: int) -> list[str]:
     """A few different names."""
     left, chosen = list(names), []
     for _ in range(draw(upto(min(least, len(left)), min(most, len(left))))):
-        chosen.append(left.pop(draw(upto(0, len(left) - 1))))
+        chosen += [left.pop(draw(upto(0, len(left) - 1)))]
     return chosen
 
 

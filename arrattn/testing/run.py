@@ -17,12 +17,13 @@ from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import accumulation, output_error, score_error
 from arrattn.testing.values import Value
 
-__all__ = ["Broken", "Outcome", "Run"]
+__all__ = ["BrokenLawError", "Outcome", "Run"]
 
 Host = np.ndarray[Any, Any]
+NOTHING = Value("nothing", np.zeros(0))
 
 
-class Broken(AssertionError):
+class BrokenLawError(AssertionError):
     """
     A law does not hold.
 
@@ -40,7 +41,7 @@ class Broken(AssertionError):
         self.script = ""
 
 
-class Crash(Broken):
+class CrashError(BrokenLawError):
     """The function raised an exception of its own."""
 
 
@@ -55,17 +56,17 @@ class Outcome:
         The output, shape (..., Hq, Nq, Dv).
     raw : array
         The same as the library's own array.
-    lse : Value, optional
-        The log-sum-exp, shape (..., Hq, Nq).
-    S, z : Value, optional
-        The state of linear attention.
+    lse : Value
+        The log-sum-exp, shape (..., Hq, Nq), where it was asked for.
+    S, z : Value
+        The state of linear attention, where it was asked for.
     """
 
     out: Value
     raw: Any
-    lse: Value | None = None
-    S: Value | None = None
-    z: Value | None = None
+    lse: Value = NOTHING
+    S: Value = NOTHING
+    z: Value = NOTHING
 
 
 class Run:
@@ -151,7 +152,7 @@ class Run:
             return call()
         except Exception as error:
             text = f"raised {type(error).__name__}: {error}"
-            raise Crash(text) from error
+            raise CrashError(text) from error
 
     def _moved(self, call: paste.Call) -> tuple[list[Any], dict[str, Any]]:
         def move(x: Any, dtype: str = call.dtype) -> Any:
@@ -263,7 +264,7 @@ class Run:
 
         Raises
         ------
-        Broken
+        BrokenLawError
             If they do not.
         """
         if not isinstance(expected, Value):
@@ -271,7 +272,7 @@ class Run:
         shape = expected.shape
         if got.shape != shape:
             text = f"shape {got.shape} where {shape} is due"
-            raise Broken(text, f"assert {got.text}.shape == {shape}")
+            raise BrokenLawError(text, f"assert {got.text}.shape == {shape}")
         where = np.broadcast_to(where, shape)
         if of is not None and "empty rows" in self.subject.choices:
             rows = of.full_rows()
@@ -282,7 +283,9 @@ class Run:
         at = tuple(np.argwhere(bad)[0].tolist())
         within = np.broadcast_to(within, shape)[at]
         a, b = got.array[at], expected.array[at]
-        raise Broken(_difference(at, a, b, within, op), *_check(got, expected, at, b, within, op))
+        raise BrokenLawError(
+            _difference(at, a, b, within, op), *_check(got, expected, at, b, within, op)
+        )
 
     def require(self, true: bool, text: str, *check: str) -> None:
         """
@@ -299,11 +302,11 @@ class Run:
 
         Raises
         ------
-        Broken
+        BrokenLawError
             If it does not.
         """
         if not true:
-            raise Broken(text, *check)
+            raise BrokenLawError(text, *check)
 
     # -- Tolerances ---------------------------------------------------------------------------
 
@@ -345,13 +348,13 @@ class Run:
         dtype = self.subject.measured(case.dtype)
         return score_error(case.q, case.k, dtype=dtype, **case.scores)
 
-    def script(self, broken: Broken) -> str:
+    def script(self, broken: BrokenLawError) -> str:
         """
         Write the calls so far, and what is wrong with them, as Python.
 
         Parameters
         ----------
-        broken : Broken
+        broken : BrokenLawError
             What was found.
 
         Returns
@@ -370,7 +373,7 @@ def _meets(got: Host, expected: Host, within: Any, op: str) -> Host:
     exactly = (got == expected) | (np.isnan(got) & np.isnan(expected))
     error = np.abs(np.where(finite, got, 0.0) - np.where(finite, expected, 0.0))
     # `<=` and not `>`: a NaN where a number belongs has to fail.
-    return np.where(finite, error <= within, exactly)
+    return np.asarray(np.where(finite, error <= within, exactly))
 
 
 def _difference(at: tuple[int, ...], got: Any, expected: Any, within: float, op: str) -> str:

@@ -80,14 +80,18 @@ def item(x: np.ndarray[Any, Any], b: tuple[int, ...], trailing: int) -> np.ndarr
     """Batch item `b` of an array whose batch axes may be fewer, or of length 1."""
     lead = x.shape[: x.ndim - trailing]
     own = b[len(b) - len(lead) :]
-    return x[tuple(0 if n == 1 else k for n, k in zip(lead, own, strict=True))]
+    at: np.ndarray[Any, Any] = x[tuple(0 if n == 1 else k for n, k in zip(lead, own, strict=True))]
+    return at
 
 
 def causal() -> Sight:
+    """Keys up to the position."""
     return Sight("Causal()", lambda _: patterns.Causal(), lambda b, i, p, j: j <= p)
 
 
 def window(left: int | None, right: int | None) -> Sight:
+    """Keys near the position."""
+
     def sees(b: tuple[int, ...], i: int, p: int, j: int) -> bool:
         return (left is None or p - left <= j) and (right is None or j <= p + right)
 
@@ -95,6 +99,7 @@ def window(left: int | None, right: int | None) -> Sight:
 
 
 def prefix(n: int | np.ndarray[Any, Any]) -> Sight:
+    """The first `n` keys, `n` over the batch."""
     if isinstance(n, int):
         return Sight(f"Prefix({n})", lambda _: patterns.Prefix(n), lambda b, i, p, j: j < n)
     return Sight(
@@ -105,16 +110,19 @@ def prefix(n: int | np.ndarray[Any, Any]) -> Sight:
 
 
 def everywhere(n: int) -> Sight:
+    """Some tokens that see all and are seen by all."""
     return Sight(f"Global({n})", lambda _: patterns.Global(n), lambda b, i, p, j: j < n or p < n)
 
 
 def strided(step: int) -> Sight:
+    """Every so many keys from the position."""
     return Sight(
         f"Strided({step})", lambda _: patterns.Strided(step), lambda b, i, p, j: (p - j) % step == 0
     )
 
 
 def segments(q_ids: np.ndarray[Any, Any], k_ids: np.ndarray[Any, Any]) -> Sight:
+    """Keys of the same segment."""
     return Sight(
         f"Segments(np.array({q_ids.tolist()}), np.array({k_ids.tolist()}))",
         lambda move: patterns.Segments(move(q_ids), move(k_ids)),
@@ -123,6 +131,7 @@ def segments(q_ids: np.ndarray[Any, Any], k_ids: np.ndarray[Any, Any]) -> Sight:
 
 
 def blocks(table: np.ndarray[Any, Any], size: int) -> Sight:
+    """A table over blocks of positions and of keys."""
     rows, cols = table.shape
 
     def sees(b: tuple[int, ...], i: int, p: int, j: int) -> bool:
@@ -137,6 +146,8 @@ def blocks(table: np.ndarray[Any, Any], size: int) -> Sight:
 
 
 def where(a: int, b: int) -> Sight:
+    """A rule that is a pattern of no other kind."""
+
     def rule(p: Any, j: Any) -> Any:
         return (a * p + b * j) % 3 != 0
 

@@ -65,8 +65,6 @@ def arrays(draw: st.DrawFn, shape: Shape, *, kind: str = "plain", dtype: str = "
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     shape : tuple of int
         The array's shape; any axis may be 0.
     kind : {"plain", "tied", "large", "subnormal", "whole"}, default: "plain"
@@ -84,36 +82,37 @@ def arrays(draw: st.DrawFn, shape: Shape, *, kind: str = "plain", dtype: str = "
 
 
 @st.composite
-def shapes(draw: st.DrawFn, *, without: Collection[str] = (), equal: bool = False) -> Shapes:
+def shapes(
+    draw: st.DrawFn,
+    *,
+    without: Collection[str] = (),
+    equal: bool = False,
+    few: bool = False,
+) -> Shapes:
     """
     Draw shapes of q, k and v: batch axes that broadcast, grouped heads, any two lengths.
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     without : collection of str, default: ()
         Capabilities to do without, of `arrattn.testing.CAPABILITIES`.
     equal : bool, default: False
         Whether there are as many queries as keys.
+    few : bool, default: False
+        Whether only a few shapes are drawn, where every new one is compiled.
 
     Returns
     -------
     tuple of tuple of int
         The three shapes.
     """
-    return draws.shapes(draw, without, equal=equal)
+    return draws.shapes(draw, without, equal=equal, few=few)
 
 
 @st.composite
 def windows(draw: st.DrawFn) -> tuple[int | None, int | None]:
     """
     Draw a window.
-
-    Parameters
-    ----------
-    draw : callable
-        Given by Hypothesis.
 
     Returns
     -------
@@ -130,8 +129,6 @@ def masks(draw: st.DrawFn, full: Shape, *, expand: bool = False) -> Host:
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     full : tuple of int
         (..., Hq, Nq, Nk).
     expand : bool, default: False
@@ -152,8 +149,6 @@ def biases(draw: st.DrawFn, full: Shape, *, kind: str = "plain", hides: bool = T
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     full : tuple of int
         (..., Hq, Nq, Nk).
     kind : str, default: "plain"
@@ -176,8 +171,6 @@ def segments(draw: st.DrawFn, nq: int, nk: int, batch: Shape = ()) -> tuple[Host
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     nq, nk : int
         Numbers of queries and keys.
     batch : tuple of int, default: ()
@@ -198,8 +191,6 @@ def patterns(draw: st.DrawFn, nq: int, nk: int, batch: Shape = ()) -> Sight:
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     nq, nk : int
         Numbers of queries and keys.
     batch : tuple of int, default: ()
@@ -229,14 +220,13 @@ def cases(
     top_left: bool = False,
     maps: Sequence[NamedMap] = MAPS,
     shape: Shapes | None = None,
+    few: bool = False,
 ) -> Case:
     """
     Draw a call of one family.
 
     Parameters
     ----------
-    draw : callable
-        Given by Hypothesis.
     family : {"dense", "local", "sparse", "linear"}, default: "dense"
         Whose arguments there are: local has a window, sparse its sizes and scores that
         are exact in any order of summing, linear a feature map.
@@ -260,13 +250,15 @@ def cases(
         The feature maps of the linear family.
     shape : tuple of tuple of int, optional
         The shapes of q, k and v. Default: drawn.
+    few : bool, default: False
+        Whether only a few shapes are drawn, where every new one is compiled.
 
     Returns
     -------
     Case
         The call.
     """
-    q_shape, k_shape, v_shape = shape or draws.shapes(draw, without, equal=equal)
+    q_shape, k_shape, v_shape = shape or draws.shapes(draw, without, equal=equal, few=few)
     dtype = draw(one_of(*dtypes))
     sparse = family == "sparse"
     kind = "whole" if sparse else draw(one_of(*kinds))

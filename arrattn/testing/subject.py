@@ -97,6 +97,11 @@ class Subject:
         return not any(name in self.lacks for name in names)
 
     @property
+    def takes_time(self) -> bool:
+        """Whether fewer examples, of fewer shapes, have to do."""
+        return self.slow or self.library.compiles
+
+    @property
     def wide(self) -> tuple[str, ...]:
         """Its dtypes of at least 32 bits, or all, where it has none."""
         return tuple(x for x in self.dtypes if x in {"float64", "float32"}) or self.dtypes

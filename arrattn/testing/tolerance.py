@@ -50,7 +50,7 @@ def score_error(
 ) -> float:
     """How far a score, or a logarithm of a sum of their exponentials, may be off."""
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-    size = 1 + abs(scale) * longest(q) * longest(k)
+    size: float = 1 + abs(scale) * longest(q) * longest(k)
     size += sum(largest(x) for x in (bias, sinks) if x is not None)
     return C * eps(accumulation(dtype)) * size
 

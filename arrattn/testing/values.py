@@ -59,7 +59,7 @@ class Value:
     @property
     def shape(self) -> tuple[int, ...]:
         """The array's shape."""
-        return self.array.shape
+        return tuple(self.array.shape)
 
 
 def _combined(sign: str, function: Callable[[Any, Any], Any], a: Any, b: Any) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from arrattn.testing.tolerance import eps, largest
 
 Host = np.ndarray[Any, Any]
 
-EQUATIONS = {
+EQUATIONS: dict[str, Callable[..., Any]] = {
     "dense": reference.softmax_attention,
     "local": reference.local_attention,
     "sparse": reference.sparse_attention,

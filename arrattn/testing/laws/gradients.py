@@ -44,7 +44,7 @@ def bound(run: Run, case: Case) -> float:
     dtype = accumulation(run.subject.measured(case.dtype))
     sizes = [1 + longest(x) for x in case.arrays]
     scale = 1 + abs(case.options.get("scale", 1.0))
-    return C * eps(dtype) * n * 4.0 * scale * float(np.prod(sizes)) * max(sizes)
+    return float(C * eps(dtype) * n * 4.0 * scale * np.prod(sizes) * max(sizes))
 
 
 @law(
@@ -108,7 +108,7 @@ def gradients_of_empty_rows(run: Run, case: Case) -> None:
     "gradients-of-keys-cancel",
     "sum_j dk_j = 0: one vector added to all keys changes nothing",
     source="C5",
-    given=lambda s: some(s),
+    given=some,
     families=("dense", "local"),
     needs=NEEDS,
     most=60,
@@ -123,7 +123,7 @@ def gradients_of_keys_cancel(run: Run, case: Case) -> None:
     "gradients-balance",
     "sum_i q_i . dq_i = sum_j k_j . dk_j for every key head: scores depend on q . k alone",
     source="C5, by Euler's theorem on functions of c q and k / c",
-    given=lambda s: some(s),
+    given=some,
     families=("dense", "local", "sparse"),
     needs=NEEDS,
     most=60,
@@ -150,7 +150,7 @@ def gradients_equal(run: Run, case: Case) -> None:
 
     from arrattn.testing.laws.agreement import EQUATIONS
 
-    equation = EQUATIONS[run.subject.family]
+    equation: Any = EQUATIONS[run.subject.family]
     plain = replace(run.subject, attend=equation, translate=None, layout="bhnd")
     options = {"q_offset": 0} if case.top_left and "q_offset" not in case.options else {}
     meant = case.but(**(options if run.subject.family != "linear" else {}))

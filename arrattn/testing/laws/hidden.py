@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from arrattn.testing.case import Case
 from arrattn.testing.laws.given import MODEST, POSITIVE, SEES, calls, near
 from arrattn.testing.laws.registry import SOFTMAX, law
+from arrattn.testing.laws.scores import mean_of_visible
 from arrattn.testing.run import Run
 from arrattn.testing.subject import Subject
 
@@ -25,9 +26,9 @@ def hiding(subject: Subject, **how: Any) -> st.SearchStrategy[Case]:
 
 def hidden_from_all(case: Case) -> Host:
     """Keys that no query sees: bool, in the shape of k without its last axis."""
-    seen = case.visible().any(-2)  # (*batch, Hq, Nk)
+    seen: Host = np.any(case.visible(), axis=-2)  # (*batch, Hq, Nk)
     hq, hkv = case.heads
-    seen = seen.reshape(*seen.shape[:-2], hkv, hq // hkv, -1).any(-2)
+    seen = np.any(seen.reshape(*seen.shape[:-2], hkv, hq // hkv, -1), axis=-2)
     return ~seen[0] if case.k.ndim == 2 else ~seen
 
 
@@ -77,6 +78,25 @@ def hidden_numbers(run: Run, case: Case, value: float) -> None:
     hidden = hidden_from_all(case)
     k, v = spoiled(case.k, hidden, value), spoiled(case.v, hidden, value)
     unchanged(run, case, case.but(k=k, v=v))
+
+
+@law(
+    "hidden-is-not-unlikely",
+    "where all scores are -2^14, -2^30 or -2^40, o_i is still the mean of the visible values",
+    source="C7: no finite number hides a pair",
+    given=lambda s: st.tuples(calls(s, sees=SEES, least=1), st.sampled_from((7, 15, 20))),
+    families=("dense", "local"),
+    needs=("visibility",),
+)
+def hidden_is_not_unlikely(run: Run, case: Case, half: int) -> None:
+    first = np.arange(case.q.shape[-1]) == 0
+    q, k = np.zeros_like(case.q) + first * 2.0**half, np.zeros_like(case.k) - first * 2.0**half
+    scale = {"scale": 1.0} if run.subject.can("scale") else {}
+    case = case.but(q=q, k=k, **scale)
+    whole = run("whole", case)
+    # All scores are the same number: the weights are as exact as those of scores of 0.
+    within = run.bound(case.but(q=np.zeros_like(q)))
+    run.same(whole.out, mean_of_visible(case), within, of=case)
 
 
 @law(
@@ -153,7 +173,7 @@ def ways_to_hide(subject: Subject) -> list[str]:
     "no-keys-are-zero",
     "with Nk = 0 the output is 0",
     source="C2, C6",
-    given=lambda s: calls(s),
+    given=calls,
     needs=("empty", "cross"),
     choice="empty rows",
 )

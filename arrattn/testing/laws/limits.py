@@ -140,7 +140,7 @@ def ties_go_to_the_lower_index(run: Run, case: Case, count: int) -> None:
     whole, n = run("weights", case), case.lengths[1]
     own = np.arange(n)[:, None] // size == np.arange(n) // size
     seen = own | (~own & (np.cumsum(~own, axis=-1) <= count))
-    due = np.broadcast_to(seen, whole.out.shape[:-1] + (n,)) if n else whole.out.array > 0
+    due = np.broadcast_to(seen, (*whole.out.shape[:-1], n)) if n else whole.out.array > 0
     run.same(whole.out[..., :n] > 0, due, 0.0)
 
 

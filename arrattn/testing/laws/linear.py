@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,6 @@ def state_errors(run: Run, case: Case, whole: Outcome) -> tuple[Any, Any]:
 
 def same_state(run: Run, got: Outcome, due: Any, errors: tuple[Any, Any]) -> None:
     """Require a state."""
-    assert got.S is not None and got.z is not None
     run.same(got.S, due[0], errors[0])
     run.same(got.z, due[1], errors[1])
 
@@ -57,13 +57,14 @@ def state_hands_over(run: Run, case: Case, a: int, b: int) -> None:
     n, case = case.lengths[1], case.but(is_causal=True, return_state=True)
     ends = sorted({0, a % (n + 1), b % (n + 1), n})
     whole = run("whole", case)
-    state, parts = None, []
-    for start, stop in zip(ends, ends[1:], strict=False):
+    state: LinearState | None = None
+    parts: list[Outcome] = []
+    for start, stop in pairwise(ends):
         tokens = {name: getattr(case, name)[..., start:stop, :] for name in "qkv"}
-        before = {} if state is None else {"initial_state": state}
+        before: dict[str, Any] = {} if state is None else {"initial_state": state}
         part = run(f"part{len(parts)}", case.but(**tokens, **before))
         parts.append(part)
-        state = LinearState(part.S.array, part.z.array)  # type: ignore[union-attr]
+        state = LinearState(part.S.array, part.z.array)
     if parts:
         run.same(joined([x.out for x in parts], -2), whole.out, 2 * near(run, (case, whole)))
         S, z = state_errors(run, case, whole)
@@ -213,7 +214,8 @@ def small_vectors(draw: st.DrawFn, subject: Subject) -> Case:
 
 @law(
     "random-features-have-their-error",
-    "|phi(q) . phi(k) - exp(q . k)| <= 6 sigma, sigma^2 = e^{|q+k|^2} e^{2 q.k} (1 - e^{-|q+k|^2}) / m",
+    "|phi(q) . phi(k) - exp(q . k)| <= 6 sigma, "
+    "sigma^2 = e^{|q+k|^2} e^{2 q.k} (1 - e^{-|q+k|^2}) / m",
     source="Choromanski et al. 2021, arXiv:2009.14794, lemma 2",
     given=small_vectors,
     families=LINEAR,

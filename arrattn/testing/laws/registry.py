@@ -42,7 +42,7 @@ class Law:
     given : callable
         ``given(subject)``, the strategy of its examples.
     check : callable
-        ``check(run, *example)``, which raises `Broken`.
+        ``check(run, *example)``, which raises `BrokenLawError`.
     most : int or None
         How many examples are enough.
     """

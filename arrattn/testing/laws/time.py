@@ -218,7 +218,7 @@ def parts_merge(run: Run, case: Case, cut: int) -> None:
     case = case.but(return_lse=True)
     whole = run("whole", case)
     found = [run(f"part{n}", x, return_lse=True) for n, x in enumerate(parts)]
-    out, lse = merged([(x.out.array, x.lse.array) for x in found])  # type: ignore[union-attr]
+    out, lse = merged([(x.out.array, x.lse.array) for x in found])
     within = 2 * near(run, (case, whole))
     run.same(whole.out, run.let("merged", out), within, of=case)
     size = 2 * run.score_bound(case) + 4 * eps(run.subject.measured(case.dtype)) * largest(lse)
@@ -256,5 +256,4 @@ def lse_shifts(run: Run, case: Case, shift: float) -> None:
     biased = case.but(bias=np.full(case.lengths, shift))
     a, b = run("plain", case, return_lse=True), run("biased", biased, return_lse=True)
     within = run.score_bound(case) + 2 * run.score_bound(biased)
-    assert a.lse is not None and b.lse is not None
     run.same(b.lse, a.lse + shift, within, of=case)
