@@ -287,18 +287,19 @@ def _keras(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Any:
+    if mask is not None and bias is not None:  # the two together are an error: one table of both
+        mask, bias = None, _added(mask, bias)
     keywords = _given(mask=_four(mask), bias=_four(bias), scale=scale)
     return (q, k, v), keywords | ({"is_causal": True} if is_causal else {})
 
 
-KERAS_BACKENDS = ("jax", "torch", "tensorflow")
-
-
 def _load_keras() -> Callable[..., Any]:
-    found = [x for x in KERAS_BACKENDS if importlib.util.find_spec(x)]
-    os.environ.setdefault("KERAS_BACKEND", found[0] if found else "numpy")
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # read when Keras is imported
     import keras
 
+    if keras.backend.backend() != "torch":
+        msg = "the adapter takes torch tensors: set KERAS_BACKEND=torch"
+        raise ImportError(msg)
     attend: Callable[..., Any] = keras.ops.dot_product_attention
     return attend
 
@@ -438,6 +439,7 @@ ADAPTERS: dict[str, Adapter] = {
             },
             choices={
                 "alignment": "documented: `torch.ones(L, S).tril(diagonal=0)`",
+                "scale sign": "",
                 "hidden content": f"documented: `attn_weight @ value`; {ON_SCORES}",
             },
         ),
@@ -473,27 +475,28 @@ ADAPTERS: dict[str, Adapter] = {
             lacks={**FOUR_AXES, **SAME_WIDTH},
             choices={
                 "alignment": "its mask is `jnp.tril(ones(T, S))` (jax/_src/nn/functions.py)",
-                "empty rows": "hidden scores are a large negative number, so that a row of "
-                "them is a mean (jax/_src/nn/functions.py)",
+                "empty rows": "its masks set scores to a large negative number, so that a row of "
+                "them is a mean, and a row of biases of -inf is NaN (jax/_src/nn/functions.py)",
                 "precision": "its softmax is taken in float32 (jax/_src/nn/functions.py)",
                 "hidden content": f"documented: `mask` filters out logits; {ON_SCORES}",
             },
         ),
         Adapter(
             "keras.ops:dot_product_attention",
-            "keras.ops",
-            ("keras",),
-            "numpy",
+            "keras.ops on torch",
+            ("keras", "torch"),
+            "torch",
             _load_keras,
+            'import os\nos.environ["KERAS_BACKEND"] = "torch"\n'
             "from keras.ops import dot_product_attention",
             "dot_product_attention",
             _keras,
             layout="bnhd",
             dtypes=("float32",),
-            slow=True,
             lacks={**FOUR_AXES, **SAME_WIDTH},
             choices={
-                "alignment": "its backends are aligned top left, as JAX and torch are",
+                "alignment": "as that of its backends, torch and JAX",
+                "scale sign": "",
                 "empty rows": "",
                 "hidden content": f"documented: `mask` filters out logits; {ON_SCORES}",
             },

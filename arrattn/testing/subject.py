@@ -32,6 +32,7 @@ CHOICES = {
     "alignment": "the first query stands at the first key (top left)",
     "empty rows": "a query that sees no key gives something else than 0",
     "hidden content": "what is hidden has weight 0, so that 0 times NaN is NaN",
+    "scale sign": "a scale of 0 or less gives something else",
     "precision": "sums over float64 are taken in float32",
 }
 

@@ -34,6 +34,8 @@ def calls(subject: Subject, *, avoid: tuple[str, ...] = (), **how: Any) -> st.Se
     how = {"dtypes": subject.wide, "top_left": "alignment" in subject.choices, **how}
     if subject.family == "linear":  # kernels of long vectors underflow, and so do those of 0
         how = {"kinds": MODEST, **how}
+    if "scale sign" in subject.choices:
+        avoid = (*avoid, "any scale")
     how["few"] = subject.takes_time
     return strategies.cases(subject.family, without={*subject.lacks, *avoid}, **how)
 

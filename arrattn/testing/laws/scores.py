@@ -20,7 +20,11 @@ Host = np.ndarray[Any, Any]
 
 def scales(subject: Subject) -> st.SearchStrategy[float]:
     """Scales that the subject takes."""
-    return st.sampled_from((0.5, 2.0, -1.0) if subject.can("any scale") else (0.5, 2.0))
+    return st.sampled_from(
+        (0.5, 2.0, -1.0)
+        if subject.can("any scale") and "scale sign" not in subject.choices
+        else (0.5, 2.0)
+    )
 
 
 def mean_of_visible(case: Case) -> Host:
@@ -38,6 +42,7 @@ def mean_of_visible(case: Case) -> Host:
     given=lambda s: calls(s, sees=SEES),
     families=("dense", "local"),
     needs=("scale", "any scale"),
+    choice="scale sign",
 )
 def scale_zero(run: Run, case: Case) -> None:
     case = case.but(scale=0.0)
