@@ -56,6 +56,14 @@ EXPORTS = {
     "sparse": ["sparse_attention"],
     "linear": ["linear_attention"],
     "merge": ["merge"],
+    "testing": [
+        "CAPABILITIES", "CHOICES", "LAWS", "Counterexample", "Law", "Report", "Result", "check",
+        "pytest_laws",
+    ],
+    "testing.strategies": [
+        "KINDS", "VISIBILITY", "arrays", "biases", "cases", "masks", "patterns", "segments",
+        "shapes", "states", "windows",
+    ],
 }  # fmt: skip
 
 
@@ -86,7 +94,8 @@ def test_the_package_exports_this_and_nothing_else() -> None:
 def test_modules_export_this_and_nothing_else(module: str) -> None:
     found = importlib.import_module(f"arrattn.{module}")
     assert sorted(found.__all__) == sorted(EXPORTS[module])
-    assert list(found.__all__) == sorted(found.__all__)
+    order = sorted(found.__all__, key=lambda x: (not x.isupper(), not x[0].isupper(), x))
+    assert list(found.__all__) == order  # constants, classes, functions
     for name in found.__all__:
         assert hasattr(found, name)
 
