@@ -1,0 +1,11 @@
+"""Wrong attentions, each a mistake that people really make, and the laws that catch them."""
+
+from museum import choices, features, heads, hidden, parts, scores, visibility, windows
+from museum.exhibit import EXHIBITS, Exhibit
+from museum.right import Dense, Linear, Local, Sparse
+
+#: The right implementation of each family.
+RIGHT = {"dense": Dense(), "local": Local(), "sparse": Sparse(), "linear": Linear()}
+
+__all__ = ["EXHIBITS", "RIGHT", "Exhibit"]
+del choices, features, heads, hidden, parts, scores, visibility, windows
