@@ -55,7 +55,9 @@ def standard_normal(n: int, m: int | None = None, *, heads: int = 1, d: int = 16
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, None])
-@pytest.mark.parametrize(("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40)])
+@pytest.mark.parametrize(
+    ("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40), (1, 12)]
+)
 def test_what_hidden_keys_hold_changes_no_bit(
     scale: float | None, times_q: float, times_k: float
 ) -> None:
@@ -63,7 +65,7 @@ def test_what_hidden_keys_hold_changes_no_bit(
     q *= np.float32(times_q)
     k *= np.float32(times_k)
     clean = attention(q, k, v, is_causal=True, scale=scale, return_lse=True)
-    for what in (np.nan, np.inf, 1e38, 1e-40, 0):
+    for what in (np.nan, np.inf, 1e38, 3e3, 1e-40, 0):
         dirty_k, dirty_v = k.copy(), v.copy()
         dirty_k[:, 1000:], dirty_v[:, 1010:] = what, what
         dirty = attention(q, dirty_k, dirty_v, is_causal=True, scale=scale, return_lse=True)
@@ -79,6 +81,30 @@ def test_what_hidden_keys_hold_changes_no_bit_of_a_few_rows(n: int) -> None:
         for x in (k, v):
             x[:, -1] = np.inf
             np.testing.assert_array_equal(attention(q, k, v, **options)[:, :-1], clean[:, :-1])
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e6])
+def test_what_hidden_keys_hold_changes_no_bit_of_the_bands_beside(what: float) -> None:
+    q, k, v = standard_normal(1100)
+    clean = attention(q, k, v, window=(40, 20))
+    k[:, 500] = what
+    dirty = attention(q, k, v, window=(40, 20))
+    blind = np.abs(np.arange(1100) - 510) > 30
+    np.testing.assert_array_equal(dirty[:, blind], clean[:, blind])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_that_grow_from_tile_to_tile(*, causal: bool) -> None:
+    q, k, v = standard_normal(1500)
+    q *= 30
+    k *= np.linspace(1, 20, 1500, dtype=np.float32)[None, :, None]
+    clean = attention(q, k, v, is_causal=causal, return_lse=True)
+    expected = softmax_attention(
+        *(x.astype(np.float64) for x in (q, k, v)), is_causal=causal, return_lse=True
+    )
+    # Scores are in the thousands: what float32 rounds of them shows.
+    np.testing.assert_allclose(clean[0], expected[0], atol=5e-3)
+    np.testing.assert_allclose(clean[1], expected[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("times_q", "times_k"), [(1e-25, 3e27), (3e27, 1e-25), (0, 3e30)])

@@ -8,6 +8,8 @@ What that cannot do goes through `fold`, as on every other library.
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -17,7 +19,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from arrattn import patterns
-from arrattn._core import gather, loops, online_softmax
+from arrattn._core import few, gather, loops, online_softmax
+from arrattn._core.few import Few
 from arrattn._core.fold import enter, finish, fold
 from arrattn._core.gather import Look
 from arrattn._core.inputs import SoftmaxInputs
@@ -33,9 +36,8 @@ BUDGET = 1 << 18
 #: Pairs of a head, and keys, up to which many heads are done at once.
 SMALL, SMALL_KEYS = 1 << 14, 512
 
-#: Rows up to which reading keys and values costs more than what is done with them, and how
-#: many keys a job then reads.
-FEW, FEW_KEYS = 16, 1 << 14
+#: Keys of a run where rows are so few that reading keys is what takes the time.
+FEW_KEYS = 1 << 14
 
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
@@ -88,14 +90,47 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         loops.run_jobs(list(_small_jobs(call, out, lse)), small=small)
         return out, lse
     jobs: list[tuple[int, Any]] = []
-    for b, item, plan in items(call, tile):
+    together: list[Few] = []
+    for b, item, plan in _parts(call, tile):
+        keys = _all_seen(item, plan)
+        if keys is not None:
+            together.append(Few(item, keys, out[b], lse[b]))
+            jobs += together[-1].jobs()
+            continue
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
             jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
     # The largest first: whoever is done early then finds small ones.
     jobs.sort(key=lambda job: -job[0])
     loops.run_jobs([job for _, job in jobs], small=small)
+    for one in together:
+        one.finish()
     return out, lse
+
+
+def _parts(
+    call: SoftmaxInputs, tile: tuple[int, int] | None
+) -> Iterator[tuple[tuple[int, ...], SoftmaxInputs, Cut]]:
+    """What `items` gives, or the whole batch where few queries see the same keys in all of it."""
+    alike = call.pattern is None or call.pattern.relative
+    if alike and isinstance(call.offset, int):
+        plan = cut(call, tile)
+        if _all_seen(call, plan) is not None:
+            yield (), call, plan
+            return
+    yield from items(call, tile)
+
+
+def _all_seen(call: SoftmaxInputs, plan: Cut) -> tuple[int, int] | None:
+    """The range of keys that all queries, being few, see, where they see no others."""
+    plain = call.bias is None and call.softcap is None
+    if not plain or math.prod(call.q.shape[-3:-1]) > few.ROWS or len(plan.strips) != 1:
+        return None
+    runs = plan.strips[0].runs
+    gaps = any(a.j1 != b.j0 for a, b in itertools.pairwise(runs))
+    if not runs or gaps or any(run.hide for run in runs):
+        return None
+    return runs[0].j0, runs[-1].j1
 
 
 def items(
@@ -274,7 +309,7 @@ def _cut_tiles(
     shape = tile or choose_tile(pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain)
     shape = (min(shape[0], max(nq, 1)), shape[1])
     plan = make_plan(pattern, nq, nk, at, shape)
-    pairs = BUDGET // g if g * shape[0] > FEW else min(BUDGET // g, shape[0] * FEW_KEYS)
+    pairs = BUDGET // g if g * shape[0] > few.ROWS else min(BUDGET // g, shape[0] * FEW_KEYS)
     strips = []
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
@@ -351,7 +386,7 @@ class Head:
         g, i1 = self.call.q.shape[-3], strip.i0 + strip.rows * strip.tiles
         q = _tiles_of(self.call.q[0], strip)
         out, lse = _tiles_of(self.out, strip), _tiles_of(self.lse[..., None], strip)
-        if self.plain and g * (i1 - strip.i0) > FEW:
+        if self.plain and g * (i1 - strip.i0) > few.ROWS:
             self._gather(strip, q, out, lse)
             return
         state = self._empty(out.shape)
@@ -363,10 +398,10 @@ class Head:
         """Absorb a run of keys of a strip that is of few rows, or not plain."""
         call = self.call
         _, g, n, d = q.shape
-        if not self.plain or run.hide or g * n > FEW:
+        if not self.plain or run.hide or g * n > few.ROWS:
             return self._fold(state, enter(call, q[:, None], scale=call.scale), strip, run, None)
         k, v = (enter(call, x[0, run.j0 : run.j1]) for x in (call.k, call.v))
-        rows = gather.few(enter(call, q.reshape(g * n, d)), k, v, call.scale)
+        rows = few.gather(enter(call, q.reshape(g * n, d)), k, v, call.scale)
         part = State(*(x.reshape(1, 1, g, n, -1) for x in rows))
         return online_softmax.merge(state, part, xp=np)
 
@@ -379,7 +414,7 @@ class Head:
         call, reach = self.call, self.reach()
         spans = [_windows(reach, strip, run) for run in strip.runs]
         rows = gather.Rows(q, call.scale, call.v.shape[-1], call.acc)
-        rows.choose([span for span, run in zip(spans, strip.runs, strict=True) if not run.hide])
+        rows.choose([self._common(strip, *pair) for pair in zip(strip.runs, spans, strict=True)])
         rest = None if call.sinks is None else self._empty(out.shape)
         raw = None
         for run, span in zip(strip.runs, spans, strict=True):
@@ -430,6 +465,15 @@ class Head:
         step = (strip.rows * kt.strides[1], *kt.strides)
         return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
 
+    def _common(self, strip: Strip, run: Run, span: Array) -> Array:
+        """What `span` holds for keys that every row of the strip sees, or some of those."""
+        if not run.hide:
+            return span
+        pattern: Any = self.call.pattern
+        if pattern.relative and strip.tiles == 1:
+            return span[:, self._look(strip, run).common]
+        return span[:, :0]
+
     def _look(self, strip: Strip, run: Run) -> Look:
         call, at, m = self.call, self.call.offset, run.j1 - run.j0
         pattern: Any = call.pattern
@@ -437,7 +481,7 @@ class Head:
             return _relative_look(pattern, strip.i0 + at - run.j0, strip.rows, m, call.acc)
         pairs = TilePairs(strip.i0, strip.rows, run.j0, m, at, xp=np, device=None)
         every = (0, strip.rows)
-        return Look(every, every, pattern.visible(pairs).astype(call.acc))
+        return Look(every, every, pattern.visible(pairs).astype(call.acc), slice(0))
 
 
 # Calls of one shape need the same few, again and again.
@@ -456,7 +500,9 @@ def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
 
     partly = rows(some & ~every)
     pairs = TilePairs(partly[0], partly[1] - partly[0], 0, m, at, xp=np, device=None)
-    return Look(rows(some), partly, pattern.visible(pairs).astype(acc))
+    visible = pattern.visible(pairs)
+    common = np.broadcast_to(visible.all(axis=-2) & some.all(), (m,))
+    return Look(rows(some), partly, visible.astype(acc), np.flatnonzero(common))
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
