@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+
 from museum.exhibit import wrong
 from museum.right import Array, Sparse
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from museum.exhibit import wrong
-from museum.right import Array, Linear
 
 from arrattn import LinearState
+from museum.exhibit import wrong
+from museum.right import Array, Linear
 
 
 @wrong("linear", seen="fla-org/flash-linear-attention#1263")
@@ -230,7 +230,7 @@ class StateRounded(Linear):
 
 @wrong("linear", seen="apache/mxnet#14072, in its linear form")
 class LinearHalfSums(Linear):
-    """Sums in half precision stall at 2048."""
+    """Weights and sums in half precision are infinite from 65520 on, and round before."""
 
     def accumulate_in(self, dtype: Any) -> Any:
         return dtype

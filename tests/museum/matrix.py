@@ -19,9 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from museum import EXHIBITS, Exhibit
-
 from arrattn.testing import LAWS, check
+
+from museum import EXHIBITS, Exhibit
 
 CAUGHT = Path(__file__).with_name("caught.json")
 EXAMPLES = 12

@@ -19,9 +19,9 @@ from arrattn.feature_maps import elu_plus_one, read_map
 
 Array = np.ndarray[Any, Any]
 
+SIGHT = ("mask", "bias", "window", "kv_lengths", "segment_ids", "pattern", "q_offset")
 SOFTMAX_OPTIONS: dict[str, Any] = dict.fromkeys(
-    ("mask", "bias", "window", "kv_lengths", "segment_ids", "pattern", "q_offset", "scale")
-    + ("softcap", "sinks", "block_size", "top_k")
+    (*SIGHT, "scale", "softcap", "sinks", "block_size", "top_k")
 ) | {"is_causal": False, "route": 8, "select": "keys", "per": "query", "engine": "auto"}
 LINEAR_OPTIONS: dict[str, Any] = dict.fromkeys(
     ("key_mask", "kv_lengths", "segment_ids", "initial_state")

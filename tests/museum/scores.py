@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from museum.exhibit import wrong
 from museum.right import Array, Dense
 
@@ -166,7 +167,9 @@ class WideOutput(Dense):
     """Half precision goes in, and the sums' precision comes out."""
 
     def __call__(self, q: Array, k: Array, v: Array, /, **options: Any) -> Any:
-        return super().__call__(*(x.astype(self.accumulate_in(x.dtype)) for x in (q, k, v)), **options)
+        return super().__call__(
+            *(x.astype(self.accumulate_in(x.dtype)) for x in (q, k, v)), **options
+        )
 
 
 @wrong("dense", seen="kernels that scale the query in its place")

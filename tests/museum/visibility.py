@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from museum.exhibit import wrong
 from museum.right import Array, Dense, over_batch
 
