@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> list[tuple[Any, str, int | None]]:
     """Let mutmut work on a sample; each mutant with its file and its exit code."""
     import mutmut.__main__ as mutmut
     from mutmut.configuration import config
+    from mutmut.state import state
     from mutmut.utils.file_utils import walk_mutatable_files
 
     draw, chosen = random.Random(arguments.seed), []
@@ -98,7 +99,12 @@ def run(arguments: argparse.Namespace) -> list[tuple[Any, str, int | None]]:
         chosen.extend(draw.sample(mutants, count))
         return list(chosen), files
 
+    def first_test(names: Any) -> set[str]:
+        return set(list(state().duration_by_test)[:1])
+
     mutmut.collect_source_file_mutation_data = sampled
+    # All tests have just passed once, to see which functions they run: one more time is enough.
+    mutmut.tests_for_mutant_names = first_test
     with quietly():
         mutmut._run((), arguments.jobs)
     return [(data, name, data.exit_code_by_key[name]) for data, name, _ in chosen]

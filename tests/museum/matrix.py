@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from arrattn.testing import LAWS, check
 
 from museum import EXHIBITS, Exhibit
 
@@ -29,11 +28,15 @@ EXAMPLES = 12
 
 def laws_of(family: str) -> list[str]:
     """The laws that are checked on NumPy arrays for a family."""
+    from arrattn.testing import LAWS
+
     return [name for name, law in LAWS.items() if family in law.families]
 
 
 def failed(exhibit: Exhibit, laws: list[str]) -> set[str]:
     """Those of the laws that catch the exhibit."""
+    from arrattn.testing import check
+
     report = check(exhibit.attend, xp=np, laws=laws, examples=EXAMPLES, seed=0)
     return set(report.failed)
 
@@ -49,12 +52,11 @@ def whole_matrix() -> dict[str, list[str]]:
 
 def few(matrix: dict[str, list[str]]) -> dict[str, list[str]]:
     """One law for every exhibit and one exhibit for every law, the rarest laws first."""
-    count = {name: sum(name in laws for laws in matrix.values()) for name in LAWS}
+    count = Counter(law for laws in matrix.values() for law in laws)
     kept = {exhibit: set[str]() for exhibit in matrix}
-    for law in sorted(LAWS, key=lambda name: (count[name], name)):
+    for law in sorted(count, key=lambda name: (count[name], name)):
         by = [exhibit for exhibit, laws in matrix.items() if law in laws]
-        if by:
-            kept[min(by, key=lambda exhibit: (len(kept[exhibit]), by.index(exhibit)))].add(law)
+        kept[min(by, key=lambda exhibit: (len(kept[exhibit]), by.index(exhibit)))].add(law)
     for exhibit, laws in matrix.items():
         if laws and not kept[exhibit]:
             kept[exhibit].add(min(laws, key=lambda name: (count[name], name)))
@@ -62,6 +64,8 @@ def few(matrix: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def main() -> None:
+    from arrattn.testing import LAWS
+
     parser = argparse.ArgumentParser(description="which law catches which exhibit")
     parser.add_argument("--print", action="store_true", help="a table in Markdown")
     as_table = parser.parse_args().print

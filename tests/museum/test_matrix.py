@@ -1,0 +1,51 @@
+"""Every exhibit is caught, every law catches one, and the right implementations pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from museum import EXHIBITS, RIGHT, Exhibit
+from museum.matrix import CAUGHT, EXAMPLES, failed
+
+testing = pytest.importorskip("arrattn.testing")
+
+#: For every exhibit the laws that have to catch it, as museum/matrix.py has found them.
+EXPECTED: dict[str, list[str]] = json.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
+
+
+def missed(exhibit: Exhibit) -> set[str]:
+    """The laws that should have caught the exhibit, and did not."""
+    expected = EXPECTED[repr(exhibit)]
+    return set(expected) - failed(exhibit, expected)
+
+
+@pytest.mark.parametrize("exhibit", EXHIBITS, ids=repr)
+def test_every_exhibit_is_caught(exhibit: Exhibit) -> None:
+    assert EXPECTED[repr(exhibit)]
+    assert not missed(exhibit)
+
+
+def test_every_law_catches_an_exhibit() -> None:
+    assert {law for laws in EXPECTED.values() for law in laws} == set(testing.LAWS)
+
+
+@pytest.mark.parametrize("family", RIGHT)
+def test_the_right_implementation_passes_every_law(family: str) -> None:
+    report = testing.check(RIGHT[family], xp=np, laws=family, examples=EXAMPLES, seed=0)
+    assert report.ok, report
+    assert report.passed
+
+
+@pytest.mark.parametrize("law", testing.LAWS)
+def test_a_law_that_is_emptied_is_missed(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*args: Any, **options: Any) -> None:
+        return None
+
+    exhibit = next(x for x in EXHIBITS if law in EXPECTED[repr(x)])
+    monkeypatch.setitem(testing.LAWS, law, dataclasses.replace(testing.LAWS[law], check=nothing))
+    assert law in missed(exhibit)
