@@ -28,7 +28,8 @@ settings.register_profile(
 )  # fmt: skip
 # For mutation testing: a failure is all that is asked for, not the smallest.
 settings.register_profile(
-    "mutation", derandomize=True, deadline=None, database=None, max_examples=40,
+    "mutation", derandomize=True, deadline=None, database=None,
+    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")),
     phases=(Phase.explicit, Phase.generate), suppress_health_check=QUIET,
 )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

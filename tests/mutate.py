@@ -6,8 +6,8 @@ when a test that runs this function fails. Works on a copy of the checkout:
 
     python tests/mutate.py --keep DIR              every mutant, for hours; goes on in DIR
     python tests/mutate.py --sample 200 --seed 1   a sample
-    python tests/mutate.py --lanes numpy --files 3 --sample 25 --floor 80
-                                                   quicker: a sample of three files
+    python tests/mutate.py --files 3 --sample 25 --lanes numpy --examples 15
+                                                   quick: of three files, run on NumPy alone
 
 What is mutated, and which tests are run, stands in pyproject.toml under [tool.mutmut].
 """
@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("arrattn", "tests", "pyproject.toml", "README.md")
+LANES = "numpy,strict,strict-device1,torch,dask"
 NOT_KILLED = ("survived", "no tests", "suspicious", "segfault")
 
 
@@ -37,13 +38,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--files", type=int, help="of so many files only (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="which of them (default: 0)")
     parser.add_argument("--floor", type=float, default=0.0, help="fail below this percentage")
-    parser.add_argument("--lanes", default="numpy,strict,torch,dask,jax", help="ways of running")
+    parser.add_argument("--lanes", default=LANES, help=f"ways of running (default: {LANES})")
+    parser.add_argument("--examples", type=int, default=40, help="of a law (default: 40)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")
     return parser.parse_args()
 
 
-def prepare(folder: Path, lanes: str) -> None:
+def prepare(folder: Path, lanes: str, examples: int) -> None:
     """A copy of the checkout, and the settings under which its tests run."""
     for name in COPIED:
         source, target = ROOT / name, folder / name
@@ -52,6 +54,7 @@ def prepare(folder: Path, lanes: str) -> None:
         else:
             shutil.copy(source, target)
     os.environ |= {
+        "ARRATTN_EXAMPLES": str(examples),
         "ARRATTN_LANES": lanes,
         "ARRATTN_NUM_THREADS": "1",
         "HYPOTHESIS_PROFILE": "mutation",
@@ -135,7 +138,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder, arguments.lanes)
+        prepare(folder, arguments.lanes, arguments.examples)
         score = report(run(arguments))
         os.chdir(ROOT)
     if score < arguments.floor:

@@ -2,7 +2,8 @@
 
 from museum import choices, features, heads, hidden, parts, scores, visibility, windows
 from museum.exhibit import EXHIBITS, Exhibit
-from museum.right import Dense, Linear, Local, Sparse
+from museum.right import Dense, Local, Sparse
+from museum.right_linear import Linear
 
 #: The right implementation of each family.
 RIGHT = {"dense": Dense(), "local": Local(), "sparse": Sparse(), "linear": Linear()}

@@ -10,7 +10,8 @@ import numpy as np
 
 from arrattn import LinearState
 from museum.exhibit import wrong
-from museum.right import Array, Linear
+from museum.right import Array
+from museum.right_linear import Linear
 
 
 @wrong("linear", seen="fla-org/flash-linear-attention#1263")

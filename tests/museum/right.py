@@ -8,32 +8,28 @@ the description of patterns and of feature maps.
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from arrattn import LinearState
-from arrattn.feature_maps import elu_plus_one, read_map
-
 Array = np.ndarray[Any, Any]
 
 SIGHT = ("mask", "bias", "window", "kv_lengths", "segment_ids", "pattern", "q_offset")
-SOFTMAX_OPTIONS: dict[str, Any] = dict.fromkeys(
-    (*SIGHT, "scale", "softcap", "sinks", "block_size", "top_k")
-) | {"is_causal": False, "route": 8, "select": "keys", "per": "query", "engine": "auto"}
-LINEAR_OPTIONS: dict[str, Any] = dict.fromkeys(
-    ("key_mask", "kv_lengths", "segment_ids", "initial_state")
-) | {"feature_map": elu_plus_one, "is_causal": False, "normalize": True, "scale": 1.0}
+DENSE_OPTIONS: dict[str, Any] = dict.fromkeys((*SIGHT, "scale", "softcap", "sinks"))
+DENSE_OPTIONS |= {"is_causal": False, "return_lse": False}
+SPARSE_OPTIONS = DENSE_OPTIONS | {"block_size": None, "top_k": None, "route": 8}
 
 
-def read_options(given: dict[str, Any], known: dict[str, Any]) -> SimpleNamespace:
-    """The options by name; one that nobody knows is refused."""
-    if unknown := set(given) - set(known):
-        msg = f"no such option: {', '.join(sorted(unknown))}"
-        raise TypeError(msg)
-    return SimpleNamespace(**known | given)
+def taking(options: dict[str, Any], *required: str) -> inspect.Signature:
+    """The signature of a function that takes these options, some of which have no default."""
+    arrays = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in "qkv"]
+    empty, keyword = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
+    defaults = {name: empty if name in required else x for name, x in options.items()}
+    by_name = [inspect.Parameter(name, keyword, default=x) for name, x in defaults.items()]
+    return inspect.Signature(arrays + by_name)
 
 
 def over_batch(x: Any) -> Array:
@@ -42,7 +38,15 @@ def over_batch(x: Any) -> Array:
 
 
 class Attention:
-    """What all four families share: dtypes, heads, positions."""
+    """What all four families share: options, dtypes, heads, positions."""
+
+    __signature__: inspect.Signature
+
+    def read(self, *arrays: Array, **options: Any) -> SimpleNamespace:
+        """The options by name, defaults filled in."""
+        call = self.__signature__.bind(*arrays, **options)
+        call.apply_defaults()
+        return SimpleNamespace(**call.kwargs)
 
     def accumulate_in(self, dtype: Any) -> Any:
         """Sums are taken in single precision at least."""
@@ -85,14 +89,15 @@ class Attention:
 class Dense(Attention):
     """Softmax attention."""
 
+    __signature__ = taking(DENSE_OPTIONS)
+
     def __call__(self, q: Array, k: Array, v: Array, /, **options: Any) -> Any:
-        return_lse = options.pop("return_lse", False)
-        o = read_options(options, SOFTMAX_OPTIONS)
+        o = self.read(q, k, v, **options)
         with np.errstate(all="ignore"):
             out, lse = self.attend(*self.widen(q, k, v), o)
         if q.ndim == 2:
             out, lse = out[0], lse[0]
-        return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+        return (out.astype(q.dtype), lse) if o.return_lse else out.astype(q.dtype)
 
     def attend(self, q: Array, k: Array, v: Array, o: SimpleNamespace) -> tuple[Array, Array]:
         g = q.shape[-3] // max(k.shape[-3], 1)
@@ -163,9 +168,13 @@ class Dense(Attention):
 class Local(Dense):
     """Softmax attention among neighbours; `window` has to be given."""
 
+    __signature__ = taking(DENSE_OPTIONS, "window")
+
 
 class Sparse(Dense):
     """The query's own block, and the best keys elsewhere."""
+
+    __signature__ = taking(SPARSE_OPTIONS)
 
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
         nq, nk = s.shape[-2:]
@@ -209,89 +218,3 @@ class Sparse(Dense):
     def ranks(self, order: Array) -> Array:
         """The place of every key in the order."""
         return np.argsort(order, axis=-1)
-
-
-class Linear(Attention):
-    """A kernel of features in place of the exponential; all pairs at once."""
-
-    def __call__(self, q: Array, k: Array, v: Array, /, **options: Any) -> Any:
-        return_state = options.pop("return_state", False)
-        o = read_options(options, LINEAR_OPTIONS)
-        if q.ndim == 2 and o.initial_state is not None:
-            o.initial_state = LinearState(*(x[None] for x in o.initial_state))
-        with np.errstate(all="ignore"):
-            out, state = self.attend(*self.widen(q, k, v), o)
-        if q.ndim == 2:
-            out, state = out[0], LinearState(*(x[0] for x in state))
-        return (out.astype(q.dtype), state) if return_state else out.astype(q.dtype)
-
-    def features(self, x: Array, o: SimpleNamespace, *, of_queries: bool) -> tuple[Array, Array]:
-        """Features, and the logarithm that goes with each token's."""
-        phi = read_map(o.feature_map)
-        f = phi.phi_q(x, np) if of_queries else phi.phi_k(x, np)
-        log = np.zeros(f.phi.shape[:-1], f.phi.dtype) if f.log is None else f.log
-        return np.asarray(f.phi), np.asarray(log)
-
-    def attend(self, q: Array, k: Array, v: Array, o: SimpleNamespace) -> tuple[Array, Any]:
-        phi_q, log_q = self.features(q, o, of_queries=True)
-        phi_k, log_k = self.features(k, o, of_queries=False)
-        g = q.shape[-3] // max(k.shape[-3], 1)
-        seen = self.visible((*q.shape[:-1], k.shape[-2]), o)
-        heads = [self.per_query_head(x, g) for x in (phi_k, log_k[..., None], v)]
-        m = self.largest(heads[1], seen, o)
-        top, total = self.sums(phi_q, *heads, seen, m)
-        if o.initial_state is not None:
-            S, z = (self.per_query_head(x, g) for x in self.past(o.initial_state))
-            back = np.exp(-m)
-            top, total = top + back * (phi_q @ S), total + back * (phi_q @ z)
-        out = self.normalised(top, total, np.exp(m + log_q[..., None]), o)
-        return out, self.state(phi_k * np.exp(log_k)[..., None], v, o)
-
-    def past(self, state: LinearState) -> tuple[Array, Array]:
-        return state.S, state.z[..., None]
-
-    def visible(self, shape: tuple[int, ...], o: SimpleNamespace) -> Array:
-        nq, nk = shape[-2:]
-        p, j = np.arange(nq)[:, None] + over_batch(self.offset(nq, nk, o)), np.arange(nk)
-        seen = np.broadcast_to(self.present(nk, o), shape)
-        if o.is_causal:
-            seen = seen & self.causal(p, j)
-        return seen if o.segment_ids is None else seen & self.together(o.segment_ids)
-
-    def present(self, nk: int, o: SimpleNamespace) -> Array:
-        """The keys that are there, (..., 1, 1, Nk)."""
-        there = np.ones((1, 1, nk), bool)
-        if o.key_mask is not None:
-            there = there & o.key_mask[..., None, None, :]
-        if o.kv_lengths is not None:
-            there = there & self.there(np.arange(nk), over_batch(o.kv_lengths))
-        return there
-
-    def largest(self, log_k: Array, seen: Array, o: SimpleNamespace) -> Array:
-        """The largest logarithm that a row sees; what the past left stands at 0."""
-        past = -math.inf if o.initial_state is None else 0.0
-        logs = np.where(seen, log_k.swapaxes(-1, -2), -math.inf)
-        m = np.max(logs, axis=-1, keepdims=True, initial=past)
-        return np.where(m == -math.inf, 0, m).astype(log_k.dtype)
-
-    def sums(
-        self, phi_q: Array, phi_k: Array, log_k: Array, v: Array, seen: Array, m: Array
-    ) -> tuple[Array, Array]:
-        """Weighted values and weights, both without the factor exp(m) of their row."""
-        w = phi_q @ phi_k.swapaxes(-1, -2) * np.exp(log_k.swapaxes(-1, -2) - m)
-        w = np.where(seen, w, 0)
-        return self.mix(w, v, seen), w.sum(-1, keepdims=True)
-
-    def normalised(self, top: Array, total: Array, factor: Array, o: SimpleNamespace) -> Array:
-        if not o.normalize:
-            return o.scale * top * factor
-        return np.where(total == 0, 0, top / total)
-
-    def state(self, f: Array, v: Array, o: SimpleNamespace) -> LinearState:
-        """What is handed on: the sums over every key that is there."""
-        there = np.broadcast_to(self.present(f.shape[-2], o)[..., 0, :], f.shape[:-1])
-        f, v = np.where(there[..., None], f, 0), np.where(there[..., None], v, 0)
-        S, z = f.swapaxes(-1, -2) @ v, f.sum(-2)
-        if o.initial_state is None:
-            return LinearState(S, z)
-        return LinearState(o.initial_state.S + S, o.initial_state.z + z)
