@@ -1,6 +1,6 @@
 """Wrong attentions, each a mistake that people really make, and the laws that catch them."""
 
-from museum import choices, features, heads, hidden, parts, scores, visibility, windows
+from museum import choices, features, gradients, heads, hidden, parts, scores, visibility, windows
 from museum.exhibit import EXHIBITS, Exhibit
 from museum.right import Dense, Local, Sparse
 from museum.right_linear import Linear
@@ -9,4 +9,4 @@ from museum.right_linear import Linear
 RIGHT = {"dense": Dense(), "local": Local(), "sparse": Sparse(), "linear": Linear()}
 
 __all__ = ["EXHIBITS", "RIGHT", "Exhibit"]
-del choices, features, heads, hidden, parts, scores, visibility, windows
+del choices, features, gradients, heads, hidden, parts, scores, visibility, windows

@@ -26,6 +26,8 @@ class Exhibit:
         Where it was seen: ``owner/repository#number``, or the kind of code.
     attend : callable
         The wrong function, with our own signature.
+    library : str
+        Whose arrays it takes: "numpy", but where gradients are wrong "torch".
     """
 
     name: str
@@ -33,17 +35,18 @@ class Exhibit:
     note: str
     seen: str
     attend: Callable[..., Any]
+    library: str = "numpy"
 
     def __repr__(self) -> str:
         return f"{self.family}: {self.name}"
 
 
-def wrong(family: str, *, seen: str) -> Callable[[type], type]:
+def wrong(family: str, *, seen: str, library: str = "numpy") -> Callable[[type], type]:
     """Hang up a class; its docstring is the note."""
 
     def hang(cls: type) -> type:
         note = " ".join((cls.__doc__ or "").split())
-        EXHIBITS.append(Exhibit(cls.__name__, family, note, seen, cls()))
+        EXHIBITS.append(Exhibit(cls.__name__, family, note, seen, cls(), library))
         return cls
 
     return hang

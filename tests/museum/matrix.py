@@ -11,12 +11,11 @@ them all laws. It is what the test looks at; run this when laws or exhibits chan
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -37,7 +36,8 @@ def failed(exhibit: Exhibit, laws: list[str]) -> set[str]:
     """Those of the laws that catch the exhibit."""
     from arrattn.testing import check
 
-    report = check(exhibit.attend, xp=np, laws=laws, examples=EXAMPLES, seed=0)
+    xp = importlib.import_module(exhibit.library)
+    report = check(exhibit.attend, xp=xp, laws=laws, examples=EXAMPLES, seed=0)
     return set(report.failed)
 
 
