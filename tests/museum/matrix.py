@@ -11,7 +11,6 @@ them all laws. It is what the test looks at; run this when laws or exhibits chan
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from museum import EXHIBITS, Exhibit
 
 CAUGHT = Path(__file__).with_name("caught.json")
 EXAMPLES = 12
+DTYPES = ("float64", "float32", "float16")
 
 
 def laws_of(family: str) -> list[str]:
@@ -36,8 +36,15 @@ def failed(exhibit: Exhibit, laws: list[str]) -> set[str]:
     """Those of the laws that catch the exhibit."""
     from arrattn.testing import check
 
-    xp = importlib.import_module(exhibit.library)
-    report = check(exhibit.attend, xp=xp, laws=laws, examples=EXAMPLES, seed=0)
+    report = check(
+        exhibit.attend,
+        xp=exhibit.library,
+        family=exhibit.family,
+        laws=laws,
+        dtypes=DTYPES,
+        examples=EXAMPLES,
+        seed=0,
+    )
     return set(report.failed)
 
 

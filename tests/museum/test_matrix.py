@@ -6,11 +6,10 @@ import dataclasses
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 
 from museum import EXHIBITS, RIGHT, Exhibit
-from museum.matrix import CAUGHT, EXAMPLES, failed
+from museum.matrix import CAUGHT, DTYPES, EXAMPLES, failed
 
 testing = pytest.importorskip("arrattn.testing")
 
@@ -36,7 +35,9 @@ def test_every_law_catches_an_exhibit() -> None:
 
 @pytest.mark.parametrize("family", RIGHT)
 def test_the_right_implementation_passes_every_law(family: str) -> None:
-    report = testing.check(RIGHT[family], xp=np, laws=family, examples=EXAMPLES, seed=0)
+    report = testing.check(
+        RIGHT[family], xp="numpy", laws=family, dtypes=DTYPES, examples=EXAMPLES, seed=0
+    )
     assert report.ok, report
     assert report.passed
 
