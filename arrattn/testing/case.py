@@ -183,7 +183,7 @@ class Case:
         Parameters
         ----------
         **changes : object
-            `q`, `k`, `v`, or keyword arguments; None takes an option away.
+            `q`, `k`, `v`, or keyword arguments.
 
         Returns
         -------
@@ -191,24 +191,24 @@ class Case:
             A copy.
         """
         arrays = {n: changes.pop(n) for n in ("q", "k", "v") if n in changes}
-        options = {n: x for n, x in (self.options | changes).items() if x is not None}
-        return replace(self, options=options, **arrays)
+        return replace(self, options=self.options | changes, **arrays)
 
-    def only(self, *names: str) -> Case:
+    def minus(self, *names: str) -> Case:
         """
-        The same call with these of its options alone.
+        The same call without these of its options.
 
         Parameters
         ----------
         *names : str
-            Keyword arguments to keep.
+            Keyword arguments to leave out.
 
         Returns
         -------
         Case
             A copy.
         """
-        return replace(self, options={n: x for n, x in self.options.items() if n in names})
+        options = {n: x for n, x in self.options.items() if n not in names}
+        return replace(self, options=options)
 
     @property
     def meant(self) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class _Writer:
             self.lines.append(f"{name} = host({name})")
             self.lines.append(f"{name}_S, {name}_z = host(state.S), host(state.z)")
         else:
-            self.lines.append(f"{name} = host({text})")
+            self.lines += [f"{name}_raw = {text}", f"{name} = host({name}_raw)"]
         if self.subject.layout == "bnhd":
             self.lines.append(f"{name} = np.swapaxes({name}, -2, -3)  # heads first")
             if call.lse:

@@ -13,12 +13,15 @@ from arrattn.testing.run import Outcome, Run
 from arrattn.testing.strategies import SOFTMAX_VISIBILITY
 from arrattn.testing.subject import Subject
 
-__all__ = ["KEYED", "POSITIVE", "SCALING", "SEES", "calls", "near", "probe"]
+__all__ = ["KEYED", "MODEST", "SCALING", "SEES", "calls", "means", "near", "probe"]
 
 Host = np.ndarray[Any, Any]
 
 #: Maps with weights greater than 0.
 POSITIVE = (NamedMap("elu_plus_one"), NamedMap("softmax"))
+
+#: Numbers whose weights do not underflow.
+MODEST = ("plain", "tied")
 
 SEES = (*SOFTMAX_VISIBILITY, "key_mask")
 #: Visibility that says nothing about positions.
@@ -27,9 +30,16 @@ SCALING = ("scale", "softcap")
 
 
 def calls(subject: Subject, *, avoid: tuple[str, ...] = (), **how: Any) -> st.SearchStrategy[Case]:
-    """Draw calls of the subject's family that it can take, `avoid` left out of them."""
+    """Calls of the subject's family that it can take, `avoid` left out of them."""
     how = {"dtypes": subject.wide, "top_left": "alignment" in subject.choices, **how}
     return strategies.cases(subject.family, without={*subject.lacks, *avoid}, **how)
+
+
+def means(subject: Subject, **how: Any) -> st.SearchStrategy[Case]:
+    """Calls whose output is a mean of the visible values."""
+    if subject.family == "linear":  # other kernels may be 0, or underflow
+        how = {"maps": POSITIVE, "kinds": MODEST, **how}
+    return calls(subject, **how)
 
 
 def near(run: Run, *pairs: tuple[Case, Outcome]) -> Any:
