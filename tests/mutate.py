@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 COPIED = ("arrattn", "tests", "pyproject.toml", "README.md")
 LANES = "numpy,strict,strict-device1,torch,dask"
-NOT_KILLED = ("survived", "no tests", "suspicious")
+NOT_KILLED = ("survived", "no tests", "suspicious", "not run")
 
 
 def read_arguments() -> argparse.Namespace:
@@ -120,7 +120,8 @@ def report(mutants: list[tuple[Any, str, int | None]]) -> float:
 
     counts: Counter[str] = Counter()
     for data, name, code in sorted(mutants, key=lambda x: str(x[1])):
-        status = status_by_exit_code[code]
+        # mutmut calls it a timeout, too, when pytest could not find a test.
+        status = "not run" if code == 255 else status_by_exit_code[code]
         counts[status] += 1
         if status in NOT_KILLED:
             lines = get_diff_for_mutant(name, path=data.path).splitlines()[2:]
