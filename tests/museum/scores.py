@@ -111,6 +111,10 @@ class HalfSums(Dense):
     def accumulate_in(self, dtype: Any) -> Any:
         return dtype
 
+    def normalised(self, p: Array, total: Array) -> Array:
+        in_turn = np.cumsum(p, axis=-1, dtype=p.dtype)[..., -1:]
+        return super().normalised(p, in_turn if p.shape[-1] else total)
+
 
 @wrong("dense", seen="kernels that mix precisions")
 class SingleSums(Dense):
