@@ -79,6 +79,13 @@ class ArrayLibrary:
             return importlib.util.find_spec("ml_dtypes") is not None
         return hasattr(self.module, dtype)
 
+    def forget(self) -> None:
+        """Drop what was compiled, which else fills the memory."""
+        if self.compiles:
+            import jax
+
+            jax.clear_caches()
+
     def dtype(self, name: str) -> Any:
         """
         The library's dtype of a name.

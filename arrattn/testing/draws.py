@@ -117,9 +117,11 @@ def mask(draw: Draw, full: Shape, *, expand: bool = False) -> Host:
     return seen
 
 
-def bias(draw: Draw, full: Shape, kind: str = "plain", *, hides: bool = True) -> Host:
+def bias(
+    draw: Draw, full: Shape, kind: str = "plain", *, hides: bool = True, expand: bool = False
+) -> Host:
     """What is added to scores, now and then ``-inf``."""
-    shape = broadcast(draw, full)
+    shape = full if expand else broadcast(draw, full)
     added = numbers(draw, shape, kind)
     if hides and draw(FLIP):
         added = np.where(bools(draw, shape, 5), added, -np.inf)
@@ -180,18 +182,25 @@ def some(draw: Draw, names: Sequence[str], least: int, most: int) -> list[str]:
 
 
 def visibility(
-    draw: Draw, case: Case, names: Sequence[str], *, least: int = 0, most: int = 3
+    draw: Draw,
+    case: Case,
+    names: Sequence[str],
+    *,
+    least: int = 0,
+    most: int = 3,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Arguments that say who sees whom."""
-    return {name: _sight(draw, name, case) for name in some(draw, names, least, most)}
+    return {name: _sight(draw, name, case, without) for name in some(draw, names, least, most)}
 
 
-def _sight(draw: Draw, name: str, case: Case) -> Any:
+def _sight(draw: Draw, name: str, case: Case, without: Collection[str]) -> Any:
     (nq, nk), batch = case.lengths, case.batch
     if name == "is_causal":
         return True
     if name == "mask":
-        return mask(draw, (*batch, case.heads[0], nq, nk))
+        full = (*batch, case.heads[0], nq, nk)
+        return mask(draw, full, expand="short masks" in without)
     if name == "key_mask":
         return bools(draw, (*broadcast(draw, batch), nk), 3)
     if name == "window":
@@ -205,15 +214,25 @@ def _sight(draw: Draw, name: str, case: Case) -> Any:
     return pattern(draw, nq, nk, batch)
 
 
-def scores(draw: Draw, case: Case, names: Sequence[str], most: int = 2) -> dict[str, Any]:
+def scores(
+    draw: Draw,
+    case: Case,
+    names: Sequence[str],
+    *,
+    most: int = 2,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
     """Arguments that say how pairs are scored."""
     full = (*case.batch, case.heads[0], *case.lengths)
-    return {name: _score(draw, name, full) for name in some(draw, names, 0, most)}
+    return {name: _score(draw, name, full, without) for name in some(draw, names, 0, most)}
 
 
-def _score(draw: Draw, name: str, full: Shape) -> Any:
+def _score(draw: Draw, name: str, full: Shape, without: Collection[str]) -> Any:
     if name == "scale":
-        return draw(one_of(1.0, 0.25, 2.0, 0.0, -0.5))
+        scales = (1.0, 0.25, 2.0)
+        return draw(one_of(*scales, *(() if "any scale" in without else (-0.5,))))
     if name == "softcap":
         return draw(one_of(1.0, 20.0))
-    return bias(draw, full) if name == "bias" else numbers(draw, (full[-3],))
+    if name == "bias":
+        return bias(draw, full, expand="short masks" in without)
+    return numbers(draw, (full[-3],))

@@ -287,11 +287,11 @@ def cases(
         names = [n for n in names if n != "window"]
     if family == "linear" and "feature_map" not in without:
         options["feature_map"] = draw(one_of(*maps))
-    options |= draws.visibility(
-        draw, case, names, least=least, most=1 if "combine" in without else most
-    )
+    most = 1 if "combine" in without else most
+    options |= draws.visibility(draw, case, names, least=least, most=most, without=without)
     if family != "linear":
-        options |= draws.scores(draw, case, [n for n in scoring if n not in without])
+        allowed = [n for n in scoring if n not in without]
+        options |= draws.scores(draw, case, allowed, without=without)
     if sparse:
         _make_exact(options, without)
         sizes = {"block_size": (2, 1, 3, 4), "top_k": (1, 2, 5), "route": (None, 1, 2, 8)}

@@ -21,6 +21,8 @@ CAPABILITIES = {
     "rank": "arrays with no batch axis, with several, or with no heads",
     "broadcast": "batch axes that broadcast",
     "empty": "axes of length 0",
+    "short masks": "masks and biases that are not written out in full",
+    "any scale": "a scale of 0 or less",
     "combine": "several arguments about visibility in one call",
     "gradients": "gradients",
 }
@@ -29,6 +31,7 @@ CAPABILITIES = {
 CHOICES = {
     "alignment": "the first query stands at the first key (top left)",
     "empty rows": "a query that sees no key gives something else than 0",
+    "hidden content": "what is hidden has weight 0, so that 0 times NaN is NaN",
     "precision": "sums over float64 are taken in float32",
 }
 

@@ -23,7 +23,7 @@ NEEDS = ("gradients",)
 def some(subject: Subject, **how: Any) -> st.SearchStrategy[Case]:
     """Calls whose gradients are looked at."""
     how = {"sees": SEES, "kinds": MODEST, **how}
-    return calls(subject, avoid=("broadcast",), **how)
+    return calls(subject, avoid=("broadcast", "empty"), **how)
 
 
 def weights_of(case: Case) -> Host:
@@ -51,7 +51,7 @@ def bound(run: Run, case: Case) -> float:
     "gradient-of-values-is-the-weights",
     "sum_j do_ic / dv_jc = 1: the gradients of v sum to the weights of the rows that see a key",
     source="C5: o is linear in v with weights that sum to 1",
-    given=lambda s: means(s, avoid=("broadcast",), sees=SEES, kinds=MODEST),
+    given=lambda s: means(s, avoid=("broadcast", "empty"), sees=SEES, kinds=MODEST),
     needs=NEEDS,
     most=60,
 )
@@ -74,6 +74,7 @@ def gradient_of_values(run: Run, case: Case) -> None:
     source="C7",
     given=lambda s: st.tuples(some(s, least=1), st.sampled_from((np.nan, 1.0))),
     needs=(*NEEDS, "visibility"),
+    choice="hidden content",
     most=60,
 )
 def hidden_gradients(run: Run, case: Case, value: float) -> None:

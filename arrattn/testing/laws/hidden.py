@@ -48,6 +48,7 @@ def unchanged(run: Run, case: Case, other: Case) -> None:
     source="C7",
     given=lambda s: st.tuples(hiding(s), st.sampled_from(POISON)),
     needs=("visibility",),
+    choice="hidden content",
 )
 def hidden_nan_in_values(run: Run, case: Case, value: float) -> None:
     unchanged(run, case, case.but(v=spoiled(case.v, hidden_from_all(case), value)))
@@ -59,6 +60,7 @@ def hidden_nan_in_values(run: Run, case: Case, value: float) -> None:
     source="C7",
     given=lambda s: st.tuples(hiding(s), st.sampled_from(POISON)),
     needs=("visibility",),
+    choice="hidden content",
 )
 def hidden_nan_in_keys(run: Run, case: Case, value: float) -> None:
     unchanged(run, case, case.but(k=spoiled(case.k, hidden_from_all(case), value)))
@@ -85,6 +87,7 @@ def hidden_numbers(run: Run, case: Case, value: float) -> None:
         hiding(s, kinds=MODEST, maps=POSITIVE, scoring=()), st.integers(0, 7)
     ),
     needs=("visibility",),
+    choice="hidden content",
 )
 def nan_reaches_only_those_who_see(run: Run, case: Case, at: int) -> None:
     if not case.lengths[1] or not case.v.size:

@@ -12,9 +12,15 @@ from arrattn.testing.laws.given import MODEST, SEES, calls, near
 from arrattn.testing.laws.registry import SOFTMAX, law
 from arrattn.testing.laws.values import per_query_head
 from arrattn.testing.run import Run
+from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import eps, largest, longest
 
 Host = np.ndarray[Any, Any]
+
+
+def scales(subject: Subject) -> st.SearchStrategy[float]:
+    """Scales that the subject takes."""
+    return st.sampled_from((0.5, 2.0, -1.0) if subject.can("any scale") else (0.5, 2.0))
 
 
 def mean_of_visible(case: Case) -> Host:
@@ -31,7 +37,7 @@ def mean_of_visible(case: Case) -> Host:
     source="C5: equal scores have equal weights",
     given=lambda s: calls(s, sees=SEES),
     families=("dense", "local"),
-    needs=("scale",),
+    needs=("scale", "any scale"),
 )
 def scale_zero(run: Run, case: Case) -> None:
     case = case.but(scale=0.0)
@@ -56,7 +62,7 @@ def zero_queries(run: Run, case: Case) -> None:
     "best-key-wins",
     "scale -> infinity: o_i is the value of the key with the highest score",
     source="C5; C8: no overflow where scores are thousands apart",
-    given=lambda s: st.tuples(calls(s, avoid=("empty", "sparse"), kinds=MODEST), st.sampled_from((1e3, 1e6))),
+    given=lambda s: st.tuples(calls(s, avoid=("empty",), kinds=MODEST), st.sampled_from((1e3, 1e6))),
     families=SOFTMAX,
     needs=("scale",),
 )
@@ -84,7 +90,7 @@ def best_key_wins(run: Run, case: Case, scale: float) -> None:
     "scale-belongs-to-q",
     "f(q, k, v; scale = c) = f(c q, k, v; scale = 1): a temperature",
     source="C5",
-    given=lambda s: st.tuples(calls(s, sees=SEES, kinds=MODEST), st.sampled_from((0.5, 2.0, -1.0))),
+    given=lambda s: st.tuples(calls(s, sees=SEES, kinds=MODEST), scales(s)),
     families=("dense", "local"),
     needs=("scale",),
 )

@@ -140,7 +140,7 @@ def visibility_intersects(run: Run, case: Case) -> None:
     source="C4",
     given=lambda s: table(s, "mask"),
     families=SOFTMAX,
-    needs=("mask",),
+    needs=("mask", "short masks"),
 )
 def masks_broadcast(run: Run, case: Case) -> None:
     mask = case.options.get("mask")
