@@ -183,3 +183,12 @@ class RoutedToTheFirst(Sparse):
 
     def mean(self, k: Array, seen: Array, block: slice) -> Array:
         return np.zeros_like(k[..., 0, :])
+
+
+@wrong("sparse", seen="the own block counted among those searched")
+class OneBlockTooFew(Sparse):
+    """A route of `n` blocks searches one less."""
+
+    def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
+        route = None if o.route is None else max(o.route - 1, 0)
+        return super().choose(s, seen, q, k, SimpleNamespace(**vars(o) | {"route": route}))

@@ -85,3 +85,13 @@ class SinkOfTheFirst(Dense):
     def softmax(self, s: Array, seen: Array, sinks: Array | None) -> tuple[Array, Array]:
         shared = None if sinks is None else np.broadcast_to(sinks[:1], sinks.shape)
         return super().softmax(s, seen, shared)
+
+
+@wrong("dense", seen="``np.stack`` over the items of a batch")
+class StackedItems(Dense):
+    """Items one after the other, stacked in the end: a batch of none has nothing to stack."""
+
+    def mix(self, w: Array, v: Array, seen: Array) -> Array:
+        parts = zip(*(x.reshape(-1, *x.shape[-2:]) for x in (w, v, seen)), strict=True)
+        mixed = np.stack([super(StackedItems, self).mix(*part) for part in parts])
+        return mixed.reshape(*w.shape[:-1], v.shape[-1])

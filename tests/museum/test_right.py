@@ -99,6 +99,7 @@ CALLS: list[tuple[tuple[Array, ...], dict[str, Any]]] = [
     ((Q, K, with_last(V, np.nan)), {}),
     ((K[:, :, :6], Q[:, :2, :4], Q[:, :2, :4]), {"is_causal": True}),
     (tuple(x.astype(np.float16) for x in LONG), {}),
+    ((Q[:0], K[:0], V[:0]), {}),
 ]
 WINDOWS = [(2, 1), (0, 2), (1, 0), (None, None), (None, 1), (2, None)]
 CHOICES = [
@@ -151,7 +152,10 @@ def differ(a: Array, b: Array) -> bool:
 def test_every_exhibit_is_wrong(exhibit: Exhibit) -> None:
     for arrays, options in calls_of(exhibit.family):
         right = results(RIGHT[exhibit.family], arrays, options)
-        got = results(exhibit.attend, arrays, options)
+        try:
+            got = results(exhibit.attend, arrays, options)
+        except ValueError:
+            return
         if any(differ(a, b) for a, b in zip(got, right, strict=True)):
             return
     pytest.fail(f"{exhibit} is as good as the right one")
