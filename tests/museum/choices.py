@@ -185,10 +185,10 @@ class RoutedToTheFirst(Sparse):
         return np.zeros_like(k[..., 0, :])
 
 
-@wrong("sparse", seen="the own block counted among those searched")
-class OneBlockTooFew(Sparse):
-    """A route of `n` blocks searches one less."""
+@wrong("sparse", seen="``argmax`` where the best few were meant")
+class OneBlockForAll(Sparse):
+    """Only the best block is searched, whatever `route` says."""
 
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
-        route = None if o.route is None else max(o.route - 1, 0)
+        route = None if o.route is None else min(o.route, 1)
         return super().choose(s, seen, q, k, SimpleNamespace(**vars(o) | {"route": route}))

@@ -231,10 +231,16 @@ class StateRounded(Linear):
 
 @wrong("linear", seen="apache/mxnet#14072, in its linear form")
 class LinearHalfSums(Linear):
-    """Weights and sums in half precision are infinite from 65520 on, and round before."""
+    """Weights in half precision are infinite from 65520 on, and their sum stalls at 2048."""
 
     def accumulate_in(self, dtype: Any) -> Any:
         return dtype
+
+    def sums(self, phi_q: Array, phi_k: Array, log_k: Array, v: Array, seen: Any, m: Any) -> Any:
+        top, total = super().sums(phi_q, phi_k, log_k, v, seen, m)
+        w = np.where(seen, phi_q @ phi_k.swapaxes(-1, -2) * np.exp(log_k.swapaxes(-1, -2) - m), 0)
+        in_turn = np.cumsum(w, axis=-1, dtype=w.dtype)[..., -1:]
+        return top, in_turn if w.shape[-1] else total
 
 
 @wrong("linear", seen="feature maps wired to one layer")

@@ -95,3 +95,11 @@ class GradientOfTheTotalForgotten(Differentiable):
         base = torch.where(torch.isfinite(lse), lse, 0.0).detach()[..., None]
         p = torch.where(seen, torch.exp(torch.where(seen, s - base, 0.0)), 0.0)
         return p + (w - p).detach(), lse
+
+
+@wrong("dense", library="torch", seen="caches that are detached with the rest")
+class GradientOfValuesStopped(Differentiable):
+    """Values learn nothing: they are read from a detached copy."""
+
+    def mix(self, w: Any, v: Any, seen: Any) -> Any:
+        return super().mix(w, v.detach(), seen)

@@ -105,6 +105,7 @@ WINDOWS = [(2, 1), (0, 2), (1, 0), (None, None), (None, 1), (2, None)]
 CHOICES = [
     {"top_k": 2, "route": None, "block_size": 3},
     {"top_k": 2, "route": 1, "block_size": 2},
+    {"top_k": 3, "route": 3, "block_size": 2},
     {"top_k": 0, "block_size": 4},
     {"top_k": 1, "route": 1, "block_size": 4, "scale": 0.0},
 ]
