@@ -65,6 +65,8 @@ class Adapter:
         Choices, with where they are documented; empty where they are not.
     note : str
         What else there is to know.
+    slow : bool, default: False
+        Whether a call takes long.
     """
 
     target: str
@@ -80,6 +82,7 @@ class Adapter:
     lacks: Mapping[str, str] = field(default_factory=dict)
     choices: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    slow: bool = False
 
     @property
     def installed(self) -> bool:
@@ -113,6 +116,7 @@ class Adapter:
             imported=self.imported,
             translate=self.translate,
             name=self.name,
+            slow=self.slow,
         )
 
 
@@ -449,6 +453,7 @@ ADAPTERS: dict[str, Adapter] = {
             dtypes=("float64", "float32"),
             lacks={**FOUR_AXES, "empty": "its block masks have no axes of length 0"},
             choices={"hidden content": f"documented: `mask_mod` sets scores to -inf; {ON_SCORES}"},
+            slow=True,
             note="run uncompiled, as its own tests do for the expected result",
         ),
         Adapter(
@@ -481,6 +486,7 @@ ADAPTERS: dict[str, Adapter] = {
             _keras,
             layout="bnhd",
             dtypes=("float32",),
+            slow=True,
             lacks={**FOUR_AXES, **SAME_WIDTH},
             choices={
                 "alignment": "its backends are aligned top left, as JAX and torch are",

@@ -36,7 +36,7 @@ ARGUMENTS = {
 }
 
 #: How often a failing example is tried in smaller forms.
-SHRINKS = 600
+SHRINKS, COMPILED_SHRINKS = 600, 100
 
 LAYOUTS = ("bhnd", "bnhd")
 
@@ -325,7 +325,8 @@ def check_subject(
 ) -> Report:
     """Try laws one after the other, and say what became of each as soon as it is known."""
     if examples is None:
-        examples = COMPILED_EXAMPLES if subject.library.compiles else EXAMPLES
+        slow = subject.library.compiles or subject.slow
+        examples = COMPILED_EXAMPLES if slow else EXAMPLES
     results = {}
     for x in laws:
         results[x.name] = check_law(x, subject, examples=examples, seed=seed)
@@ -361,6 +362,7 @@ class _Search:
     def __init__(self, law: Law, subject: Subject) -> None:
         self.law, self.subject = law, subject
         self.tried = self.since = 0
+        self.slow = subject.library.compiles or subject.slow
         self.smallest: Counterexample | None = None
         self.size = 0
 
@@ -383,7 +385,7 @@ class _Search:
             self.tried += 1
         else:
             self.since += 1
-            if self.since > SHRINKS:
+            if self.since > (COMPILED_SHRINKS if self.slow else SHRINKS):
                 raise _Enough
         run = Run(self.subject)
         try:

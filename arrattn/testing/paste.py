@@ -121,14 +121,14 @@ class _Writer:
         if isinstance(x, tuple):
             return "(" + ", ".join(self.option(name, y, call) for y in x) + ")"
         if isinstance(x, Sight):
-            make = "as_dask" if self.library.name == "dask.array" else f"{self.library.alias}.asarray"
+            make = (
+                "as_dask" if self.library.name == "dask.array" else f"{self.library.alias}.asarray"
+            )
             return x.text.replace("np.array(", f"{make}(")
         return x.spell(call.dim) if isinstance(x, NamedMap) else repr(x)
 
     def call(self, call: Call) -> None:
-        arrays = [
-            self.array(n, x, call.dtype) for n, x in zip("qkv", call.arrays, strict=True)
-        ]
+        arrays = [self.array(n, x, call.dtype) for n, x in zip("qkv", call.arrays, strict=True)]
         options = [f"{n}={self.option(n, x, call)}" for n, x in call.keywords.items()]
         if call.weights is not None:
             self.gradients(call, arrays, options)

@@ -59,9 +59,7 @@ MAPS = tuple(map(NamedMap, ("elu_plus_one", "relu", "squares", "softmax", "gauss
 
 
 @st.composite
-def arrays(
-    draw: st.DrawFn, shape: Shape, *, kind: str = "plain", dtype: str = "float64"
-) -> Host:
+def arrays(draw: st.DrawFn, shape: Shape, *, kind: str = "plain", dtype: str = "float64") -> Host:
     """
     Draw real numbers.
 

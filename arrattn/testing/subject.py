@@ -64,6 +64,8 @@ class Subject:
         and in its own layout, to those of `attend`.
     name : str, default: "attend"
         What a counterexample calls it.
+    slow : bool, default: False
+        Whether a call takes so long that fewer examples have to do.
     """
 
     attend: Callable[..., Any]
@@ -76,6 +78,7 @@ class Subject:
     imported: str = ""
     translate: Callable[..., Any] | None = None
     name: str = "attend"
+    slow: bool = False
 
     def can(self, *names: str) -> bool:
         """
@@ -186,9 +189,7 @@ def read_lacks(
     declared = dict(lacks) if isinstance(lacks, Mapping) else dict.fromkeys(lacks, "")
     names, anything = parameters(function)
     found = {
-        name: f"it has no argument `{name}`"
-        for name in known
-        if not anything and name not in names
+        name: f"it has no argument `{name}`" for name in known if not anything and name not in names
     }
     for name, reason in declared.items():
         if name not in CAPABILITIES and name not in known:

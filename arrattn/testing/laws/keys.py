@@ -96,7 +96,9 @@ def keys_twice(run: Run, case: Case) -> None:
     "bias-of-a-row",
     "a bias that is the same for all keys of a row changes nothing",
     source="C5",
-    given=lambda s: st.tuples(calls(s, sees=SEES, scoring=SCALING), st.sampled_from((1.0, -3.0, 64.0))),
+    given=lambda s: st.tuples(
+        calls(s, sees=SEES, scoring=SCALING), st.sampled_from((1.0, -3.0, 64.0))
+    ),
     families=("dense", "local", "sparse"),
     needs=("bias",),
 )
@@ -116,7 +118,10 @@ def bias_of_a_row(run: Run, case: Case, size: float) -> None:
     needs=("bias", "cross"),
 )
 def bias_counts_copies(run: Run, case: Case) -> None:
-    doubled = case.but(k=case.k[..., [0, *range(case.lengths[1])], :], v=case.v[..., [0, *range(case.lengths[1])], :])
+    doubled = case.but(
+        k=case.k[..., [0, *range(case.lengths[1])], :],
+        v=case.v[..., [0, *range(case.lengths[1])], :],
+    )
     added = np.zeros(case.lengths)
     added[:, 0] = np.log(2.0)
     biased = case.but(bias=added)

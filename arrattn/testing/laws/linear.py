@@ -139,7 +139,9 @@ def kernel_of_products(run: Run, case: Case) -> None:
     "kernel-may-be-scaled",
     "relu(c k) = c relu(k): normalised, a factor of the keys changes nothing",
     source="Katharopoulos et al. 2020, eq. 4: the normaliser holds the same kernel",
-    given=lambda s: calls(s, sees=("is_causal", "kv_lengths"), kinds=MODEST, maps=(NamedMap("relu"),)),
+    given=lambda s: calls(
+        s, sees=("is_causal", "kv_lengths"), kinds=MODEST, maps=(NamedMap("relu"),)
+    ),
     families=LINEAR,
     needs=("feature_map",),
 )
@@ -153,7 +155,9 @@ def kernel_may_be_scaled(run: Run, case: Case) -> None:
     "padding-leaves-the-normaliser",
     "keys with key_mask False are as if they were cut off, in the normaliser too",
     source="C4, C7",
-    given=lambda s: st.tuples(calls(s, avoid=("broadcast",), maps=POSITIVE, kinds=MODEST), st.integers(0, 8)),
+    given=lambda s: st.tuples(
+        calls(s, avoid=("broadcast",), maps=POSITIVE, kinds=MODEST), st.integers(0, 8)
+    ),
     families=LINEAR,
     needs=("key_mask", "cross"),
 )
@@ -178,7 +182,9 @@ def normalised_is_a_quotient(run: Run, case: Case) -> None:
     ones = sums.but(v=np.ones_like(case.v))
     a, b, total = run("mean", case), run("sums", sums), run("total", ones)
     size = np.abs(a.out.array), np.abs(total.out.array)
-    within = near(run, (sums, b)) + near(run, (case, a)) * size[1] + near(run, (ones, total)) * size[0]
+    within = (
+        near(run, (sums, b)) + near(run, (case, a)) * size[1] + near(run, (ones, total)) * size[0]
+    )
     run.same(a.out * total.out, b.out, 2 * within)
 
 
@@ -232,7 +238,8 @@ def random_features(run: Run, case: Case) -> None:
     "features whose exponents no dtype holds give a finite mean of the values",
     source="C8; the stabiliser must not look at the future nor at other rows",
     given=lambda s: st.tuples(
-        calls(s, equal=True, kinds=MODEST, maps=(NamedMap("softmax"),)), st.sampled_from((64.0, 16.0))
+        calls(s, equal=True, kinds=MODEST, maps=(NamedMap("softmax"),)),
+        st.sampled_from((64.0, 16.0)),
     ),
     families=LINEAR,
     needs=("feature_map",),
@@ -240,13 +247,20 @@ def random_features(run: Run, case: Case) -> None:
 def features_of_any_size(run: Run, case: Case, size: float) -> None:
     # One direction for all: the features of a query and of a key have the same largest one.
     d = case.q.shape[-1]
-    q, k = (np.broadcast_to(size * (1 + np.abs(x[..., :1])), (*x.shape[:-1], d)).copy() for x in (case.q, case.k))
+    q, k = (
+        np.broadcast_to(size * (1 + np.abs(x[..., :1])), (*x.shape[:-1], d)).copy()
+        for x in (case.q, case.k)
+    )
     causal = {"is_causal": True} if run.subject.can("is_causal") else {}
     case = case.but(q=q, k=k, **causal)
     whole = run("whole", case)
     v = per_query_head(case.v, case)
-    low, high = (f(v, axis=-2, keepdims=True, initial=x) for f, x in ((np.min, np.inf), (np.max, -np.inf)))
-    low, high = (np.broadcast_to(x, (*x.shape[:-2], *case.q.shape[-2:-1], x.shape[-1])) for x in (low, high))
+    low, high = (
+        f(v, axis=-2, keepdims=True, initial=x) for f, x in ((np.min, np.inf), (np.max, -np.inf))
+    )
+    low, high = (
+        np.broadcast_to(x, (*x.shape[:-2], *case.q.shape[-2:-1], x.shape[-1])) for x in (low, high)
+    )
     low, high = (low[0], high[0]) if case.q.ndim == 2 else (low, high)
     within = 2.0**-12 * np.max(np.abs(case.v), initial=0.0)
     run.same(whole.out, low, within, op=">=")

@@ -80,7 +80,9 @@ def halves(subject: Subject) -> st.SearchStrategy[Case]:
     """One shape: as many equal keys as a sum in half precision cannot count."""
     shape = ((1, 1, 2, 4), (1, 1, 4096, 4), (1, 1, 4096, 4))
     return st.sampled_from(subject.half or ("float32",)).map(
-        lambda dtype: Case(*(np.ones(x) * c for x, c in zip(shape, (0, 0, 1), strict=True)), dtype=dtype)
+        lambda dtype: Case(
+            *(np.ones(x) * c for x, c in zip(shape, (0, 0, 1), strict=True)), dtype=dtype
+        )
     )
 
 
@@ -129,6 +131,14 @@ def float64_stays(run: Run, case: Case) -> None:
     v = np.full_like(case.v, 1.0 + 2.0**-40)
     case = case.but(v=v)
     whole = run("whole", case)
-    rows = (case.full_rows() & (whole.out.array[..., 0] != 0)
-            if run.subject.family == "linear" else case.full_rows())[..., None]
-    run.same(whole.out, np.full(whole.out.shape, v.flat[0] if v.size else 1.0), 64 * eps("float64"), where=rows)
+    rows = (
+        case.full_rows() & (whole.out.array[..., 0] != 0)
+        if run.subject.family == "linear"
+        else case.full_rows()
+    )[..., None]
+    run.same(
+        whole.out,
+        np.full(whole.out.shape, v.flat[0] if v.size else 1.0),
+        64 * eps("float64"),
+        where=rows,
+    )

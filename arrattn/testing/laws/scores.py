@@ -62,14 +62,18 @@ def zero_queries(run: Run, case: Case) -> None:
     "best-key-wins",
     "scale -> infinity: o_i is the value of the key with the highest score",
     source="C5; C8: no overflow where scores are thousands apart",
-    given=lambda s: st.tuples(calls(s, avoid=("empty",), kinds=MODEST), st.sampled_from((1e3, 1e6))),
+    given=lambda s: st.tuples(
+        calls(s, avoid=("empty",), kinds=MODEST), st.sampled_from((1e3, 1e6))
+    ),
     families=SOFTMAX,
     needs=("scale",),
 )
 def best_key_wins(run: Run, case: Case, scale: float) -> None:
     case = case.but(scale=scale)
     if run.subject.family == "sparse" and run.subject.can("top_k"):
-        case = case.but(top_k=case.lengths[1], **({"route": None} if run.subject.can("route") else {}))
+        case = case.but(
+            top_k=case.lengths[1], **({"route": None} if run.subject.can("route") else {})
+        )
     whole = run("whole", case)
     k, v = per_query_head(case.k, case), per_query_head(case.v, case)
     s = scale * np.where(case.visible(), case.q @ np.swapaxes(k, -1, -2), -np.inf)
@@ -82,7 +86,9 @@ def best_key_wins(run: Run, case: Case, scale: float) -> None:
     size = eps(run.subject.measured(case.dtype)) * scale * longest(case.q) * longest(case.k)
     ties = best.sum(-1) > 1
     where = (apart > 40.0 + 8 * size) & ~(ties[0] if case.q.ndim == 2 else ties)
-    within = near(run, (case.but(scale=0.0), whole)) + 2 * largest(case.v) * case.lengths[1] * np.exp(-40.0)
+    within = near(run, (case.but(scale=0.0), whole)) + 2 * largest(case.v) * case.lengths[
+        1
+    ] * np.exp(-40.0)
     run.same(whole.out, mean, within, where=where[..., None], of=case)
 
 
@@ -168,7 +174,10 @@ def small_softcap(run: Run, case: Case) -> None:
 )
 def scores_of_any_size(run: Run, case: Case) -> None:
     # One more component: +-32 * 64 in every score. No exponential can hold it.
-    wide = [np.concatenate([x, np.full((*x.shape[:-1], 1), c)], -1) for x, c in ((case.q, 32.0), (case.k, 64.0))]
+    wide = [
+        np.concatenate([x, np.full((*x.shape[:-1], 1), c)], -1)
+        for x, c in ((case.q, 32.0), (case.k, 64.0))
+    ]
     if not run.subject.can("dv"):
         wide.append(np.concatenate([case.v, case.v[..., :1]], -1))
     scale = {"scale": 1.0} if run.subject.can("scale") else {}

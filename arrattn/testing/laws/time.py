@@ -246,7 +246,9 @@ def lse_counts_ties(run: Run, case: Case) -> None:
     "lse-shifts-with-the-bias",
     "a bias of b in every pair adds b to lse",
     source="C9",
-    given=lambda s: st.tuples(calls(s, scoring=SCALING, kinds=MODEST), st.sampled_from((3.0, -8.0))),
+    given=lambda s: st.tuples(
+        calls(s, scoring=SCALING, kinds=MODEST), st.sampled_from((3.0, -8.0))
+    ),
     families=("dense", "local", "sparse"),
     needs=("return_lse", "bias"),
 )

@@ -38,7 +38,12 @@ def weights_sum_to_one(run: Run, case: Case) -> None:
     case = case.but(v=np.ones_like(case.v))
     whole = run("whole", case)
     rows = case.full_rows()[..., None]
-    run.same(whole.out, np.ones((*rows.shape[:-1], case.v.shape[-1])), near(run, (case, whole)), where=rows)
+    run.same(
+        whole.out,
+        np.ones((*rows.shape[:-1], case.v.shape[-1])),
+        near(run, (case, whole)),
+        where=rows,
+    )
 
 
 @law(
