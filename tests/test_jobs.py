@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import close
+from tolerance import C, eps, output_error
 
 from arrattn import attention, set_num_threads
 from arrattn._core.jobs import at_once
@@ -168,3 +170,20 @@ def test_strict_floating_point_errors_of_the_caller_are_not_ours() -> None:
         for n in (8, 600):
             q, k, v = standard_normal(n)
             attention(q * 100, k, v)
+
+
+@pytest.mark.parametrize(
+    ("batch", "k_batch", "hkv", "nk"),
+    [((2, 3), (1, 3), 2, 1500), ((20,), (20,), 2, 1100), ((2,), (), 3, 9000), ((), (), 1, 2100)],
+)
+def test_few_queries_of_every_item_head_and_part(
+    batch: tuple[int, ...], k_batch: tuple[int, ...], hkv: int, nk: int
+) -> None:
+    rng = np.random.default_rng(3)
+    q = rng.normal(size=(*batch, 2 * hkv, 2, 4))
+    k, v = rng.normal(size=(2, *k_batch, hkv, nk, 4))
+    options = {"sinks": rng.normal(size=2 * hkv), "window": (None, 1), "return_lse": True}
+    got = attention(q, k, v, **options)
+    within = output_error(q, k, v, dtype="float64", sinks=options["sinks"])
+    for x, expected in zip(got, softmax_attention(q, k, v, **options), strict=True):
+        close(x, expected, within=2 * within + C * eps("float64") * np.log(nk))

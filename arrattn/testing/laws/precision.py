@@ -101,6 +101,23 @@ def half_sums(run: Run, case: Case) -> None:
 
 
 @law(
+    "lse-is-not-rounded-to-half",
+    "4096 equal keys with scores of 0 have lse = log 4096 to single precision",
+    source="C9: the log-sum-exp has the dtype of the sums",
+    given=halves,
+    families=("dense", "local"),
+    needs=("half", "cross", "return_lse"),
+    most=8,
+)
+def lse_is_not_rounded(run: Run, case: Case) -> None:
+    if run.subject.family == "local":
+        case = case.but(window=(None, None))
+    lse = run("whole", case, return_lse=True).lse
+    assert lse is not None  # noqa: S101 (it was asked for)
+    run.same(lse, np.full(lse.shape, np.log(4096)), 64 * eps("float32"))
+
+
+@law(
     "float64-stays-float64",
     "1 + 2^-40 comes back from values that are all 1 + 2^-40, in float64",
     source="C8: float64 stays float64 throughout",
