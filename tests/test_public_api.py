@@ -33,7 +33,8 @@ SIGNATURES = {
 
 EXPORTS = {
     "patterns": [
-        "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
+        "Blocks", "Causal", "Dilated", "Fixed", "Global", "Pattern", "Prefix", "Random", "Segments",
+        "Strided", "Where", "Window",
     ],
     "feature_maps": [
         "FeatureMap", "Features", "elu_plus_one", "gaussian", "laplacian", "relu", "softmax",

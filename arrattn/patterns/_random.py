@@ -59,10 +59,10 @@ class Random(Pattern):
     --------
     >>> from arrattn.patterns import Random
     >>> Random(2, 0).table(4, 6).astype(int)
-    array([[0, 0, 1, 0, 0, 1],
+    array([[0, 1, 0, 0, 0, 1],
            [1, 0, 0, 1, 0, 0],
-           [0, 1, 0, 1, 0, 0],
-           [0, 0, 1, 0, 1, 0]])
+           [0, 0, 1, 1, 0, 0],
+           [0, 1, 0, 1, 0, 0]])
     """
 
     n: int
