@@ -212,7 +212,8 @@ def test_lengths_and_peers_choose_the_jobs() -> None:
     own = list(choose_jobs(GROUPS, (), peers=False))
     assert len(everything) > len(own) > 0
     assert peers_of(own) == {
-        "matrix products", "arrattn dense", "arrattn float32", "plain NumPy"
+        "matrix products", "arrattn dense", "arrattn float32", "arrattn local, the window alone",
+        "plain NumPy",
     }  # fmt: skip
     local = list(choose_jobs(("local",), (), peers=True))
     assert {job.case.group for job in local} == {"local"}
