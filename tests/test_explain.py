@@ -22,6 +22,7 @@ from arrattn import (
     sparse_attention,
 )
 from arrattn._core import engine, gated, jobs, loops, native, recurrence, select
+from arrattn._core.plan import Plan
 from arrattn.explain import Explanation
 from arrattn.patterns import Window
 
@@ -146,7 +147,7 @@ def test_the_plan_named_is_the_plan_made(
     lane.call(attention, X, X, X, dtype="float32", engine="tiles", **options)
     if isinstance(made[0], jobs.Cut):
         made = [cut.plan for cut in made]
-    plans = [x[1] if isinstance(x, tuple) else x for x in made]
+    plans = [x if isinstance(x, Plan) else x[1] for x in made]
     assert repr(why.plan) == repr(plans[0])
     assert str(why.plan) in str(why)
 

@@ -8,11 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 from lanes import close
-from tolerance import C, eps, output_error
+from tolerance import C, eps, largest, output_error, score_error
 
 from arrattn import attention, set_num_threads
+from arrattn._core import jobs
 from arrattn._core.jobs import at_once
-from arrattn.patterns import Strided, Where, Window
+from arrattn.patterns import (
+    Blocks,
+    Causal,
+    Dilated,
+    Fixed,
+    Global,
+    Pattern,
+    Prefix,
+    Random,
+    Segments,
+    Strided,
+    Where,
+    Window,
+)
 from arrattn.reference import softmax_attention
 
 
@@ -132,6 +146,88 @@ def test_a_tile_in_which_no_group_of_rows_sees_any_key() -> None:
     out = attention(q, k, v, pattern=pattern, q_offset=333)
     expected = softmax_attention(q, k, v, pattern=pattern, q_offset=333)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+#: Bands, and beside them: first positions, a prefix, blocks, rules, documents; few or many rows.
+BESIDE = [
+    Window(20, 20) | Global(4),
+    Window(256, 0) | Global(100),
+    Causal() & (Window(30, 0) | Global(4)),
+    Causal() & (Window(30, 0) | Strided(30)),
+    Window(64, 0) & Strided(4),
+    Window(5, 5) | Random(3, 0, size=64) | Global(2),
+    Window(30, 30) | Prefix(50),
+    Causal() & Fixed(64, 4),
+    Causal() & Fixed(128, 1),
+    Window(30, 3) | Where(lambda p, j: (p * j) % 97 == 0),
+    Window(3, 3) | ~Window(500, 500),
+    Dilated(5, 10, 10) | Blocks(np.eye(4, dtype=bool), 100),
+    Window(10, 10) & ~Window(0, 0),
+]
+
+
+@pytest.mark.parametrize("pattern", BESIDE, ids=str)
+@pytest.mark.parametrize(
+    ("nq", "nk", "offset", "heads"),
+    [(1000, 1000, 0, 1), (700, 1000, 300, 3), (600, 800, -30, 1), (900, 700, 50, 2)],
+)
+def test_a_band_and_what_is_seen_beside_it(
+    pattern: Pattern, nq: int, nk: int, offset: int, heads: int
+) -> None:
+    q, k, v = standard_normal(nq, nk)
+    q = np.concatenate([q * 30, q, q * 0][:heads])  # scores in the hundreds too
+    got = attention(q, k, v, pattern=pattern, q_offset=offset, return_lse=True)
+    table = pattern.table(nq, nk, q_offset=offset)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    expected = attention(*wide, mask=table, engine="tiles", return_lse=True)
+    close(got[0], expected[0], within=output_error(*wide, dtype="float32"))
+    within = score_error(*wide[:2], dtype="float32") + eps("float32") * largest(expected[1])
+    close(got[1], expected[1], within=within)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [3, 70, 400])
+def test_documents_side_by_side(causal: bool, size: int) -> None:
+    q, k, v = standard_normal(1000, heads=2)
+    ids = np.sort(np.random.default_rng(1).integers(0, 1000 // size, size=1000))
+    got = attention(q, k, v, segment_ids=ids, is_causal=causal)
+    for each in np.unique(ids):
+        own = [x[:, ids == each] for x in (q, k, v)]
+        expected = attention(*own, is_causal=causal)
+        close(got[:, ids == each], expected, within=output_error(*own, dtype="float32"))
+
+
+def test_documents_side_by_side_look_only_at_their_own_keys() -> None:
+    ids = np.repeat(np.arange(8), 500)
+    strips = jobs._cut(Segments(ids, ids), 1, 4000, 4000, 0, None, True).strips
+    assert sum(strip.cost for strip in strips) == 8 * 500 * 500
+    assert not any(run.hide for strip in strips for run in strip.runs)
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_global_positions_beside_a_window_cost_what_they_see(width: int) -> None:
+    n = 8192
+    bare, more = (
+        sum(strip.cost for strip in jobs._cut(pattern, 1, n, n, 0, None, True).strips)
+        for pattern in (Window(width, width), Window(width, width) | Global(4))
+    )
+    assert more - bare <= 2 * 4 * n
+
+
+def test_what_hidden_keys_hold_beside_a_band_changes_no_bit() -> None:
+    pattern = Causal() & (Window(40, 0) | Global(4) | Random(2, 0, size=64))
+    q, k, v = standard_normal(1500)
+    clean = attention(q, k, v, pattern=pattern)
+    for what in (np.nan, np.inf, 1e38):
+        dirty_k, dirty_v = k.copy(), v.copy()
+        dirty_k[:, 1300:], dirty_v[:, 1310:] = what, what
+        dirty = attention(q, dirty_k, dirty_v, pattern=pattern)
+        np.testing.assert_array_equal(dirty[:, :1300], clean[:, :1300])
+    k[:, 2] = np.nan  # seen by all from its own position on
+    assert (
+        np.isnan(attention(q, k, v, pattern=pattern)).all(-1)[0].tolist()
+        == [False] * 2 + [True] * 1498
+    )
 
 
 @pytest.mark.parametrize("widths", [(4, 0), (0, 4)])

@@ -38,7 +38,8 @@ SIGNATURES = {
 EXPORTS = {
     "adapters": ["onnx_linear_attention"],
     "patterns": [
-        "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
+        "Blocks", "Causal", "Dilated", "Fixed", "Global", "Pattern", "Prefix", "Random", "Segments",
+        "Strided", "Where", "Window",
     ],
     "feature_maps": [
         "FeatureMap", "Features", "cosformer", "elu_plus_one", "exp", "gaussian", "hedgehog",

@@ -572,6 +572,7 @@ def read_softmax(
         reasons.add(TypeError, f"pattern: expected an arrattn Pattern, got {describe(pattern)}")
     elif pattern is not None:
         reasons.values([f"pattern: {text}" for text in pattern.problems(nq, nk, batch)])
+        pattern = pattern.bound(nk)
     causal = read_flag("is_causal", is_causal, reasons)
     lse_too = read_flag("return_lse", return_lse, reasons)
     engine = read_word("engine", engine, ENGINES, reasons)

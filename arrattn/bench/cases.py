@@ -95,6 +95,7 @@ FULL = Problem()
 CAUSAL = Problem(causal=True)
 CACHE = Problem(batch=8, heads=8, key_heads=2, queries=1)
 NEAR = Problem(window=(128, 0))
+LONGFORMER = Problem(window=(256, 256), shared=4)
 LARGE = Problem(spread=100.0)  # scores in the hundreds
 HALF, BRAIN = Problem(dtype="float16"), Problem(dtype="bfloat16")
 
@@ -169,6 +170,8 @@ CASES: tuple[Pair | Limit, ...] = (
     _unlike("sparse", "keys, exact", _EXACT, "torch", CAUSAL, {16384: 1.0}),
     _unlike("sparse", "3 blocks", _BLOCKS, "torch", CAUSAL, {16384: 4.5}),
     _unlike("sparse", "3 blocks per block", _PER_BLOCK, "torch", CAUSAL, {16384: 10.0}),
+    _unlike("sparse", "Longformer, 256 + 4", ours.pattern, "window", LONGFORMER, {16384: 0.77}),
+    Pair("sparse", "Longformer, 256 + 4", ours.pattern, "flex", LONGFORMER, {16384: 1.0}),
     _unlike("linear", "elu + 1, full", ours.linear, "dense", FULL, {16384: None}),
     _linear("elu + 1, full", "torch linear", FULL, {16384: 1.0, 65536: 2.5}),
     _linear("elu + 1, causal", "torch chunks", CAUSAL, {16384: 1.4}),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import arrattn
-from arrattn import feature_maps
+from arrattn import feature_maps, patterns
 from arrattn.bench.contestant import Build, Contestant
 from arrattn.bench.problem import Host, Problem
 
@@ -24,6 +24,7 @@ __all__ = [
     "jitted",
     "linear",
     "local",
+    "pattern",
     "sparse",
     "torch_tensors",
     "unit",
@@ -48,6 +49,14 @@ def local(problem: Problem, arrays: Arrays) -> Contestant:
     window = problem.window or (problem.n, problem.n)
     call = partial(arrattn.local_attention, *arrays, window=window, is_causal=problem.causal)
     return Contestant("arrattn local", call)
+
+
+def pattern(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on NumPy with a window and positions that see all and are seen by all."""
+    left, right = problem.window or (problem.n, problem.n)
+    seen = patterns.Window(left, right) | patterns.Global(problem.shared)
+    call = partial(arrattn.attention, *arrays, pattern=seen, is_causal=problem.causal)
+    return Contestant("arrattn pattern", call)
 
 
 def sparse(**options: Any) -> Build:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,58 @@ def strided(step: int) -> Sight:
     return Sight(
         f"Strided({step})", lambda _: patterns.Strided(step), lambda b, i, p, j: (p - j) % step == 0
     )
+
+
+def dilated(step: int, left: int | None, right: int | None) -> Sight:
+    """Keys near the position, every so many."""
+
+    def sees(b: tuple[int, ...], i: int, p: int, j: int) -> bool:
+        m, off = divmod(j - p, step)
+        return off == 0 and (left is None or -left <= m) and (right is None or m <= right)
+
+    text = f"Dilated({step}, {left}, {right})"
+    return Sight(text, lambda _: patterns.Dilated(step, left, right), sees)
+
+
+def fixed(size: int, n: int) -> Sight:
+    """The own stretch, and the ends of all stretches."""
+    return Sight(
+        f"Fixed({size}, {n})",
+        lambda _: patterns.Fixed(size, n),
+        lambda b, i, p, j: p // size == j // size or j % size in range(size - n, size),
+    )
+
+
+def random_keys(n: int, seed: int, size: int, keys: int) -> Sight:
+    """Blocks of keys that are drawn."""
+
+    def sees(b: tuple[int, ...], i: int, p: int, j: int) -> bool:
+        return j < keys and j // size in drawn_blocks(n, seed, p // size, -(-keys // size))
+
+    text = f"Random({n}, {seed}, size={size}, keys={keys})"
+    return Sight(text, lambda _: patterns.Random(n, seed, size=size, keys=keys), sees)
+
+
+@lru_cache(maxsize=4096)
+def drawn_blocks(n: int, seed: int, query: int, blocks: int) -> tuple[int, ...]:
+    """The blocks of keys that a block of queries draws, in Python's own integers."""
+    if n == 0 or n >= blocks:
+        return tuple(range(blocks)) if n else ()
+    rounds = np.random.default_rng(seed).integers(0, 1 << 15, size=(8, 2)).tolist()
+    cuts = [blocks // n * t + min(t, blocks % n) for t in range(n + 1)]
+
+    def stir(hi: int, lo: int, keys: list[list[int]]) -> tuple[int, int]:
+        for a, b in keys:
+            lo ^= (hi + a) % 32768 * 27947 // 256 % 32768
+            hi ^= (lo + b) % 32768 * 22123 // 256 % 32768
+        return hi, lo
+
+    hi, lo = stir(query // 32768 % 32768, query % 32768, rounds[:4])
+    drawn = []
+    for t in range(n):
+        high, low = stir(hi ^ t // 32768, lo ^ t % 32768, rounds[4:])
+        drawn.append(cuts[t] + (high * 32768 + low) % (cuts[t + 1] - cuts[t]))
+    return tuple(drawn)
 
 
 def segments(q_ids: np.ndarray[Any, Any], k_ids: np.ndarray[Any, Any]) -> Sight:
