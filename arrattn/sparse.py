@@ -21,8 +21,6 @@ def sparse_attention(
     route: int | None = 8,
     select: str = "keys",
     per: str = "query",
-    score: str = "mean",
-    block_scores: Array | None = None,
     mask: Array | None = None,
     bias: Array | None = None,
     is_causal: bool = False,
@@ -35,21 +33,18 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: Array | None = None,
     return_lse: bool = False,
-    return_selection: bool = False,
-) -> Array | tuple[Array, ...]:
+) -> Array | tuple[Array, Array]:
     r"""
-    Softmax attention over the query's own block and the best keys or blocks elsewhere.
+    Softmax attention over the query's own block and the best `top_k` keys elsewhere.
 
     .. math:: o_i = \sum_{j \in B(i) \cup T(i)} \frac{\exp(s_{ij})}
               {\sum_{j' \in B(i) \cup T(i)} \exp(s_{ij'})} v_j
 
     Keys are cut into blocks of `block_size`. `B` is the block in which the query's
-    position lies (none, if it lies outside the keys). With ``select="keys"``, `T` are the
-    `top_k` visible keys outside it with the highest scores, among the `route` blocks that are
-    rated best [2]_; with ``select="blocks"``, the visible keys of the `top_k` blocks that are
-    rated best [1]_. A block is rated by its mean key [1]_, by a bound from above of its
-    keys' scores [4]_, by its best score, or by the caller [5]_. Only what is visible is chosen:
-    everything that limits visibility intersects, as in `attention`.
+    position lies (none, if it lies outside the keys); `T` the `top_k` visible keys outside
+    it with the highest scores, among the `route` blocks whose mean key scores best against
+    the query [1]_ [2]_. Both are chosen for every query of every query head, and only among
+    what is visible: everything that limits visibility intersects, as in `attention`.
 
     Parameters
     ----------
@@ -63,25 +58,15 @@ def sparse_attention(
     block_size : int, optional
         Keys per block; the last may be short. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
-        Keys, or blocks, seen outside the own block. Default: ``ceil(sqrt(Nk))`` keys, 3 blocks.
-        0 leaves block-diagonal attention.
+        Keys seen outside the own block. Default: ``ceil(sqrt(Nk))``. 0 leaves
+        block-diagonal attention.
     route : int or None, default: 8
-        Blocks searched for single keys, the own block not counted. None searches all, which
+        Blocks searched for each query, the own block not counted. None searches all, which
         makes the selection exact and the time O(Nq Nk).
-    select : {"keys", "blocks"}, default: "keys"
-        What is chosen: single keys, or whole blocks.
-    per : {"query", "group", "block"}, default: "query"
-        For whom blocks are chosen: for every query of every query head, once for the query heads
-        that share a key head [5]_, or once for the queries of a block [4]_. A block's ratings
-        are then summed over the queries that see some key of it. Single keys are chosen for
-        every query.
-    score : {"mean", "bound", "best"}, default: "mean"
-        What rates a block: ``q . mean(keys)``; the sum over channels of the larger of the
-        products with the smallest and the largest such channel of its keys, which no score of
-        the block exceeds; or its highest visible score, in time O(Nq Nk).
-    block_scores : array, optional
-        Ratings of the caller's in place of `score`, broadcastable to (..., Hq, Nq, blocks), real
-        floating; ``blocks`` is ``ceil(Nk / block_size)``.
+    select : {"keys"}, default: "keys"
+        What is chosen: single keys.
+    per : {"query"}, default: "query"
+        For whom: every query of every query head on its own.
     mask : array of bool, optional
         True = visible; broadcastable to (..., Hq, Nq, Nk).
     bias : array, optional
@@ -121,9 +106,6 @@ def sparse_attention(
     lse : array, shape (..., Hq, Nq)
         Only with `return_lse`: natural logarithm, at least float32; ``-inf`` (with sinks:
         the sink) where no key is seen.
-    selection : array of int, shape (..., Hq, Nq, count)
-        Only with `return_selection`, and last: the keys or blocks chosen outside the own block,
-        ascending, padded with -1. `count` is `top_k`, or all keys or blocks there are.
 
     Raises
     ------
@@ -140,8 +122,8 @@ def sparse_attention(
 
     Notes
     -----
-    A block takes part if it holds a key that the query sees; its mean and its bounds are over the
-    finite keys that some query sees. Ratings are multiplied by `scale`, so its sign counts. Ties
+    A block takes part in routing if it holds a key that the query sees; its mean is over the
+    finite keys that some query sees, and its score is ``q . mean`` times the sign of `scale`. Ties
     go to the lower index, for blocks and for keys. With the default sizes time is
     O(Nq sqrt(Nk) (D + Dv)), working memory that of a tile of queries (its rows
     times ``(route + 1) * block_size`` scores), and a copy of keys and values. The
@@ -155,8 +137,6 @@ def sparse_attention(
     .. [2] Gupta et al., Memory-efficient Transformers via Top-k Attention, 2021,
        arXiv:2106.06899.
     .. [3] Ainslie et al., GQA, 2023, arXiv:2305.13245.
-    .. [4] Tang et al., Quest, 2024, arXiv:2406.10774.
-    .. [5] Yuan et al., Native Sparse Attention, 2025, arXiv:2502.11089.
 
     Examples
     --------
@@ -179,9 +159,6 @@ def sparse_attention(
         route=route,
         select=select,
         per=per,
-        score=score,
-        block_scores=block_scores,
-        return_selection=return_selection,
         mask=mask,
         bias=bias,
         is_causal=is_causal,
@@ -195,7 +172,5 @@ def sparse_attention(
         sinks=sinks,
         return_lse=return_lse,
     )
-    out, lse, *listed = attend_selected(call, choice)
-    out, lse = call.ungroup(out, lse)
-    results = (out, *((lse,) if return_lse else ()), *map(call.ungroup_indices, listed))
-    return results if len(results) > 1 else out
+    out, lse = call.ungroup(*attend_selected(call, choice))
+    return (out, lse) if return_lse else out

@@ -20,7 +20,7 @@ from arrattn._core.fold import all_finite, enter, finish, fold, start
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
 from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
-from arrattn._core.tiles import TilePairs, stack_tiles, unstack
+from arrattn._core.tiles import TilePairs, stack_tiles, unstack_rows
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
@@ -131,8 +131,7 @@ def _scan_tiles(
     starts = xp.arange(visits.shape[0], dtype=visits.dtype) * bq
     tiles = (stack_tiles(call.q, bq, xp), starts, visits, kinds)
     out, lse = loops.map_rematerialised(body, tiles)
-    at, nq = len(call.batch) + 2, call.lengths[0]
-    return unstack(out, at, nq, xp), unstack(lse, at, nq, xp)
+    return unstack_rows(out, lse, call.lengths[0], xp)
 
 
 def _one_tile(call: SoftmaxInputs, hide: bool, tables: tuple[()]) -> tuple[Array, Array]:

@@ -26,8 +26,6 @@ from arrattn.patterns import Pattern
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 ENGINES = ("auto", "tiles", "native")
-#: What sparse attention chooses, and how many whole blocks unless told.
-SELECTS, BLOCKS = ("keys", "blocks"), 3
 
 
 class SoftmaxInputs(NamedTuple):
@@ -53,7 +51,6 @@ class SoftmaxInputs(NamedTuple):
     no_head: bool
     engine: str = "tiles"
     return_lse: bool = True
-    guide: Array | None = None  # (..., Hkv | 1, G | 1, Nq | 1, blocks | 1), ratings of blocks
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -72,11 +69,6 @@ class SoftmaxInputs(NamedTuple):
         out = xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
         lse = None if lse is None else xp.reshape(lse, (*self.batch, *heads, nq))
         return xp.astype(out, self.q.dtype, copy=False), lse
-
-    def ungroup_indices(self, x: Array) -> Array:
-        """``(..., Hkv, G, Nq, n)`` in the caller's shape."""
-        heads = () if self.no_head else (math.prod(self.heads),)
-        return self.xp.reshape(x, (*self.batch, *heads, *x.shape[-2:]))
 
 
 class LinearInputs(NamedTuple):
@@ -146,19 +138,13 @@ class Choice(NamedTuple):
     """
     What sparse attention chooses; sizes cut to what the keys hold.
 
-    `route` counts blocks to look into beside the own one; `exhaustive` means that these are all
-    and their keys are chosen from; `score` is None where the caller scores the blocks; `listed`
-    is how many indices are to be returned, None for no such array.
+    `route` counts blocks to search beside the own one; `exhaustive` means that this is all.
     """
 
     block: int
     top_k: int
     route: int
     exhaustive: bool
-    select: str = "keys"
-    per: str = "query"
-    score: str | None = "mean"
-    listed: int | None = None
 
 
 class Reasons:
@@ -460,7 +446,6 @@ def read_scores_array(
         return None
     *batch, hkv, g, nq, nk = grouped
     full = (*batch, hkv * g, nq, nk)
-    last = "blocks" if name == "block_scores" else "Nk"
     wanted = ("bool",) if name == "mask" else FLOATS
     if not is_array(x) or dtype_name(x.dtype) not in wanted:  # type: ignore[attr-defined]
         hint = "; True means visible" if name == "mask" else ""
@@ -473,7 +458,7 @@ def read_scores_array(
     if not _broadcasts(array.shape, full):
         reasons.add(
             ValueError,
-            f"{name}: expected a shape that broadcasts to (..., Hq, Nq, {last}) = {full}, "
+            f"{name}: expected a shape that broadcasts to (..., Hq, Nq, Nk) = {full}, "
             f"got {tuple(array.shape)}",
         )
         return None
@@ -542,18 +527,17 @@ def read_softmax(
     sinks: Array | None = None,
     return_lse: bool = False,
     engine: str = "tiles",
-    block_scores: Array | None = None,
-    also: Callable[[Reasons, int], int | None] | None = None,
+    also: Callable[[Reasons, int], None] | None = None,
 ) -> SoftmaxInputs:
     """
     Read the arguments of dense, local and sparse attention.
 
     ``also(reasons, nk)`` checks what a function takes beside them, so that all complaints
-    come together, and may return how many blocks there are scores for.
+    come together.
     """
     reasons = Reasons(function)
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks}
-    named |= {"kv_lengths": kv_lengths, "q_offset": q_offset, "block_scores": block_scores}
+    named |= {"kv_lengths": kv_lengths, "q_offset": q_offset}
     named |= _segment_arrays(segment_ids) | _pattern_arrays(pattern)
     xp, device = read_namespace(named, reasons)
     q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons)
@@ -582,10 +566,8 @@ def read_softmax(
         softcap = read_number("softcap", softcap, reasons, positive=True)
     seen_by = read_window(window, reasons)
     segments = read_segments(segment_ids, nq, nk, batch, reasons)
-    blocks = None if also is None else also(reasons, nk)
-    if block_scores is not None:
-        sizes = (*grouped[:-1], blocks or 1)
-        block_scores = read_scores_array("block_scores", block_scores, sizes, xp, reasons)
+    if also is not None:
+        also(reasons, nk)
     reasons.check()
     if offset is None:
         offset = (nk if lengths is None else lengths) - nq
@@ -614,7 +596,6 @@ def read_softmax(
         no_head=no_head,
         engine=engine,
         return_lse=lse_too,
-        guide=block_scores,
     )
 
 
@@ -969,39 +950,25 @@ def read_sparse(
     route: object,
     select: object,
     per: object,
-    score: object,
-    return_selection: object,
     **shared: Any,
 ) -> tuple[SoftmaxInputs, Choice]:
     """Read the arguments of sparse attention; `shared` are those of the whole family."""
     choices: list[Choice] = []
 
-    def read_choice(reasons: Reasons, nk: int) -> int:
+    def read_choice(reasons: Reasons, nk: int) -> None:
         root = math.isqrt(nk - 1) + 1 if nk else 1
         block = root if block_size is None else read_count("block_size", block_size, reasons, low=1)
-        what = read_word("select", select, SELECTS, reasons)
-        whom = read_word("per", per, ("query", "group", "block"), reasons)
-        rated = read_word("score", score, ("mean", "bound", "best"), reasons)
-        listed = read_flag("return_selection", return_selection, reasons)
-        if what == "keys" and whom != "query":
-            reasons.add(
-                ValueError,
-                f"per: expected 'query' where single keys are chosen (select='keys'), got {per!r}",
-            )
-        usual = root if what == "keys" else BLOCKS
-        count = usual if top_k is None else read_count("top_k", top_k, reasons, low=0)
+        count = root if top_k is None else read_count("top_k", top_k, reasons, low=0)
         blocks = None if route is None else read_count("route", route, reasons, low=0)
+        for name, value, known in (("select", select, ("keys",)), ("per", per, ("query",))):
+            if not isinstance(value, str) or value not in known:
+                expected = ", ".join(map(repr, known))
+                reasons.add(ValueError, f"{name}: expected one of {expected}, got {value!r}")
         block, count = max(min(block, nk), 1), min(count, nk)
         # Every block may be another one: a position outside the keys has no own block.
         others = -(-nk // block)
-        if what == "blocks":
-            blocks = count
         searched = (others if blocks is None else min(blocks, others)) if count else 0
-        every = what == "keys" and searched > 0 and searched == others
-        entries = (count if what == "keys" else searched) if listed else None
-        by = rated if shared.get("block_scores") is None else None
-        choices.append(Choice(block, count, searched, every, what, whom, by, entries))
-        return others
+        choices.append(Choice(block, count, searched, searched > 0 and searched == others))
 
     call = read_softmax("sparse_attention", q, k, v, also=read_choice, **shared)
     return call, choices[0]

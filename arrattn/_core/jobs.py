@@ -288,7 +288,6 @@ def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
         k=pick_item(call.k, b, 3),
         v=pick_item(call.v, b, 3),
         bias=None if call.bias is None else pick_item(call.bias, b, 4),
-        guide=None if call.guide is None else pick_item(call.guide, b, 4),
         offset=offset if isinstance(offset, int) else int(pick_item(offset, b, 4).item()),
         pattern=_picked(pattern, partial(pick_item, b=b)),
         batch=(),
@@ -306,7 +305,6 @@ def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
         k=call.k[h : h + 1],
         v=call.v[h : h + 1],
         bias=None if call.bias is None else pick(call.bias, 4),
-        guide=None if call.guide is None else pick(call.guide, 4),
         sinks=None if call.sinks is None else call.sinks[h : h + 1],
         pattern=_picked(call.pattern, pick),
     )

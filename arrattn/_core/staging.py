@@ -59,7 +59,7 @@ def traced(
         call.batch,
     )
     operands = (
-        (call.q, call.k, call.v, call.bias, call.sinks, call.guide),
+        (call.q, call.k, call.v, call.bias, call.sinks),
         None if known else call.offset,
         tuple(arrays),
         tables,
@@ -68,7 +68,7 @@ def traced(
 
 
 def _run_traced(static: _Static, operands: Any) -> Any:
-    (q, k, v, bias, sinks, guide), offset, arrays, tables = operands
+    (q, k, v, bias, sinks), offset, arrays, tables = operands
     call = SoftmaxInputs(
         xp=static.xp,
         device=None,
@@ -84,7 +84,6 @@ def _run_traced(static: _Static, operands: Any) -> Any:
         batch=static.batch,
         acc=static.acc,
         no_head=False,
-        guide=guide,
     )
     return static.run(call, static.extra, tables)
 
@@ -140,25 +139,18 @@ def block_dtype(dtype: Any, xp: Any) -> Any:
 
 
 def blockwise(
-    run: Callable[[SoftmaxInputs], tuple[Array, ...]],
-    call: SoftmaxInputs,
-    *,
-    listed: int | None = None,
-) -> tuple[Array, ...]:
+    run: Callable[[SoftmaxInputs], tuple[Array, Array]], call: SoftmaxInputs
+) -> tuple[Array, Array]:
     """
     ``run`` on each block of batch items and heads of a lazy call, when it is computed.
 
-    A block holds its items' queries and keys whole, and is planned with its real values. With
-    `listed`, there is a third result: so many indices for each query.
+    A block holds its items' queries and keys whole, and is planned with its real values.
     """
     (hkv, g), (nq, _), dv = call.heads, call.lengths, call.v.shape[-1]
     if 0 in (*call.batch, hkv, g):
         shape = (*call.batch, hkv, g, nq)
         zeros = call.xp.zeros((*shape, dv), dtype=call.acc)
-        results = (zeros, call.xp.zeros(shape, dtype=call.acc))
-        if listed is None:
-            return results
-        return *results, call.xp.zeros((*shape, listed), dtype=call.xp.int64)
+        return zeros, call.xp.zeros(shape, dtype=call.acc)
     own: list[Array] = []
     skeleton = patterns.detach(call.pattern, own)
     layout: list[int] = []
@@ -175,17 +167,14 @@ def blockwise(
         Piece(call.v, 2),
         Piece(call.bias, 3),
         Piece(call.sinks, 3),
-        Piece(call.guide, 3),
         Piece(offset, 4, has_head=False),
         *(Piece(x, min(n, 3), has_head=n == 4) for x, n in zip(own, layout, strict=True)),
     ]
-    bare = call._replace(q=None, k=None, v=None, bias=None, sinks=None, guide=None, pattern=None)
+    bare = call._replace(q=None, k=None, v=None, bias=None, sinks=None, pattern=None)
     known = call.offset if offset is None else None
     bare = bare._replace(offset=0)
 
-    def on_block(
-        q: Array, k: Array, v: Array, bias: Any, sinks: Any, guide: Any, at: Any, *held: Array
-    ) -> Any:
+    def on_block(q: Array, k: Array, v: Array, bias: Any, sinks: Any, at: Any, *held: Array) -> Any:
         xp = compat.array_namespace(q)
         block = bare._replace(
             xp=xp,
@@ -195,7 +184,6 @@ def blockwise(
             v=v,
             bias=bias,
             sinks=sinks,
-            guide=guide,
             offset=at if known is None else known,
             pattern=patterns.attach(skeleton, held),
             batch=np.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3]),
@@ -203,8 +191,5 @@ def blockwise(
         )
         return run(block)
 
-    sizes: list[tuple[int, ...]] = [(g, nq, dv), (g, nq)]
-    dtypes = [call.acc, call.acc]
-    if listed is not None:
-        sizes, dtypes = [*sizes, (g, nq, listed)], [*dtypes, call.xp.int64]
-    return on_blocks(on_block, pieces, sizes, dtypes)
+    out, lse = on_blocks(on_block, pieces, [(g, nq, dv), (g, nq)], [call.acc, call.acc])
+    return out, lse

@@ -69,11 +69,13 @@ def stack_tiles(x: Array, size: int, xp: Namespace) -> Array:
     return xp.moveaxis(x, -3, 0)
 
 
-def unstack(x: Array, at: int, n: int, xp: Namespace) -> Array:
-    """Tiles along a first axis, put in their place along axis `at` of a tile; padding cut off."""
-    x = xp.moveaxis(x, 0, at)
-    x = xp.reshape(x, (*x.shape[:at], x.shape[at] * x.shape[at + 1], *x.shape[at + 2 :]))
-    return x[(slice(None),) * at + (slice(n),)]
+def unstack_rows(out: Array, lse: Array, nq: int, xp: Namespace) -> tuple[Array, Array]:
+    """Tiles of query rows along a first axis, put in their place; padding cut off."""
+    out, lse = xp.moveaxis(out, 0, -3), xp.moveaxis(lse, 0, -2)
+    n = lse.shape[-2] * lse.shape[-1]
+    out = xp.reshape(out, (*out.shape[:-3], n, out.shape[-1]))
+    lse = xp.reshape(lse, (*lse.shape[:-2], n))
+    return out[..., :nq, :], lse[..., :nq]
 
 
 class Pairs(Protocol):

@@ -177,9 +177,6 @@ def sparse_attention(
     route: int | None = 8,
     select: str = "keys",
     per: str = "query",
-    score: str = "mean",
-    block_scores: Array | None = None,
-    return_selection: bool = False,
     mask: Array | None = None,
     bias: Array | None = None,
     is_causal: bool = False,
@@ -193,15 +190,14 @@ def sparse_attention(
     **rest: Any,
 ) -> Any:
     r"""
-    Softmax attention over a query's own block and the best keys or blocks elsewhere.
+    Softmax attention over a query's own block and the best keys elsewhere.
 
     With blocks of `block_size` keys, query `i` sees those keys of the block of `p` that
     are visible to it, and of the other visible keys the `top_k` with the highest scores
-    among the `route` best blocks, or those of the `top_k` best blocks. The best are those with
-    the highest :math:`\mathrm{scale}\; q_i \cdot \bar k_b`, :math:`\bar k_b` the mean of the
-    keys of block `b` that any query of the head sees [1]_; or the highest
-    :math:`\sum_c \max(\mathrm{scale}\; q_{ic} k_{jc} : j \in b)` [2]_; or the highest visible
-    score. Ties go to the lower index.
+    among the `route` best blocks: those with the highest
+    :math:`\mathrm{scale}\; q_i \cdot \bar k_b`, :math:`\bar k_b` the mean of the keys of
+    block `b` that any query of the head sees.
+    Ties go to the lower index. Block means as a guide are those of [1]_.
 
     Parameters
     ----------
@@ -217,17 +213,10 @@ def sparse_attention(
         Keys chosen outside the own block. Default: ``ceil(sqrt(Nk))``.
     route : int or None, default: 8
         Blocks searched, the own one not counted; None searches all.
-    select : {"keys", "blocks"}, default: "keys"
-        What is chosen.
-    per : {"query", "group", "block"}, default: "query"
-        Whose ratings of a block are summed, over those who see a key of it: nobody's, those of
-        the query heads of a key head, or those of the queries of a block.
-    score : {"mean", "bound", "best"}, default: "mean"
-        What rates a block.
-    block_scores : array, shape (..., Hq, Nq, blocks), optional
-        Ratings in place of these.
-    return_selection : bool, default: False
-        Also return what is seen outside the own block, a bool array (..., Hq, Nq, Nk).
+    select : str, default: "keys"
+        What is chosen; only "keys" is defined.
+    per : str, default: "query"
+        For whom it is chosen; only "query" is defined: every query of every head.
     mask, bias, is_causal, window, kv_lengths, segment_ids, pattern : optional
         Who sees whom, as in `softmax_attention`.
     q_offset, scale, softcap : optional
@@ -243,8 +232,10 @@ def sparse_attention(
     References
     ----------
     .. [1] Lu et al., MoBA: mixture of block attention, 2025, arXiv:2502.13189.
-    .. [2] Tang et al., Quest, 2024, arXiv:2406.10774.
     """
+    if (select, per) != ("keys", "query"):
+        msg = f"expected select='keys' and per='query', got {select!r} and {per!r}"
+        raise ValueError(msg)
     xp = array_namespace(q, k, v)
     q_, k_, _ = (per_query_head(x, q, xp) for x in read(q, k, v, xp))
     nq, nk = q_.shape[-2], k_.shape[-2]
@@ -268,31 +259,23 @@ def sparse_attention(
     j = xp.arange(nk, device=device_of(q))
     own = visible & (p >= 0) & (p < nk) & (p // size == j // size)
     elsewhere = visible & ~own
-    count = (3 if top_k is None else top_k) if select == "blocks" else route
-    if count is not None:
-        rating = block_scores
-        if rating is None:
-            rating = _block_scores(score, q_, k_, visible, scores, size, scale, xp)
+    if route is not None:
+        block_scores = _block_scores(q_, k_, visible, size, scale, xp)
         holds_one = _any_in_block(elsewhere, size, xp)  # (..., Hq, Nq, blocks)
-        rating = xp.broadcast_to(rating, holds_one.shape)
-        if per == "group":
-            hkv = k.shape[-3] if k.ndim > 2 else 1
-            rating, holds_one = _of_group(rating, holds_one, hkv, xp)
-        if per == "block":
-            alike = p // size == xp.matrix_transpose(p // size)  # (..., 1, Nq, Nq)
-            rating, holds_one = _of_block(rating, holds_one, alike, xp)
-        searched = _best(rating, holds_one, count, xp)
+        searched = _best(block_scores, holds_one, route, xp)
         elsewhere = elsewhere & xp.take(searched, j // size, axis=-1)
-    chosen = elsewhere
-    if select == "keys":
-        chosen = _best(scores, elsewhere, _ceil_sqrt(nk) if top_k is None else top_k, xp)
+    chosen = _best(scores, elsewhere, _ceil_sqrt(nk) if top_k is None else top_k, xp)
     seen = own | chosen
-    if q.ndim == 2:
-        seen, chosen = seen[..., 0, :, :], chosen[..., 0, :, :]
-    got = softmax_attention(q, k, v, mask=seen, bias=bias, scale=scale, softcap=softcap, **rest)
-    if not return_selection:
-        return got
-    return (*got, chosen) if isinstance(got, tuple) else (got, chosen)
+    return softmax_attention(
+        q,
+        k,
+        v,
+        mask=seen[..., 0, :, :] if q.ndim == 2 else seen,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        **rest,
+    )
 
 
 def merge(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -369,53 +352,12 @@ def _any_in_block(table: Array, size: int, xp: Namespace) -> Array:
 
 
 def _block_scores(
-    how: str,
-    q: Array,
-    k: Array,
-    visible: Array,
-    scores: Array,
-    size: int,
-    scale: float | None,
-    xp: Namespace,
+    q: Array, k: Array, visible: Array, size: int, scale: float | None, xp: Namespace
 ) -> Array:
-    """Rate every block, (..., Hq, Nq, blocks)."""
+    """Score the mean of every block's finite keys, (..., Hq, Nq, blocks)."""
     seen = xp.any(visible, axis=-2)  # (..., Hq, Nk): by some query of the head
-    seen = (seen & xp.all(xp.isfinite(k), axis=-1))[..., None]
-    ratings = []
-    if k.shape[-2] == 0:
-        return xp.zeros((*q.shape[:-1], 0), dtype=q.dtype, device=device_of(q))
-    for j in range(0, k.shape[-2], size):
-        keys, which = k[..., j : j + size, :], seen[..., j : j + size, :]
-        if how == "best":
-            best = xp.where(visible, scores, -math.inf)[..., j : j + size]
-            ratings.append(xp.max(best, axis=-1))
-        elif how == "mean":
-            count = xp.sum(xp.astype(which, k.dtype), axis=-2, keepdims=True)
-            mean = xp.sum(xp.where(which, keys, 0.0), axis=-2, keepdims=True)
-            mean = mean / xp.where(count == 0, 1.0, count)
-            ratings.append(_scores(q, mean, scale, None, None, xp)[..., 0])
-        else:
-            low = xp.min(xp.where(which, keys, math.inf), axis=-2, keepdims=True)
-            high = xp.max(xp.where(which, keys, -math.inf), axis=-2, keepdims=True)
-            low, high = (xp.where(xp.isinf(x), 0.0, x) for x in (low, high))
-            s = q.shape[-1] ** -0.5 if scale is None else scale
-            ratings.append(xp.sum(xp.maximum(s * q * low, s * q * high), axis=-1))
-    return xp.stack(ratings, axis=-1)
-
-
-def _of_group(rating: Array, holds_one: Array, hkv: int, xp: Namespace) -> tuple[Array, Array]:
-    """Sum the ratings over the query heads of a key head, each over those that see a key."""
-    hq = rating.shape[-3]
-    g = hq // max(hkv, 1)
-    shape = (*rating.shape[:-3], hkv, g, *rating.shape[-2:])
-    total = xp.sum(xp.reshape(xp.where(holds_one, rating, 0.0), shape), axis=-3)
-    any_ = xp.any(xp.reshape(holds_one, shape), axis=-3)
-    head = xp.arange(hq, device=device_of(rating)) // max(g, 1)
-    return xp.take(total, head, axis=-3), xp.take(any_, head, axis=-3)
-
-
-def _of_block(rating: Array, holds_one: Array, alike: Array, xp: Namespace) -> tuple[Array, Array]:
-    """Sum the ratings over queries that are `alike`, each over those that see a key."""
-    both = alike[..., None] & holds_one[..., None, :, :]
-    total = xp.sum(xp.where(both, rating[..., None, :, :], 0.0), axis=-2)
-    return total, xp.any(both, axis=-2)
+    seen = seen & xp.all(xp.isfinite(k), axis=-1)
+    total = xp.sum(_in_blocks(xp.where(seen[..., None], k, 0.0), size, -2, xp), axis=-2)
+    count = xp.sum(_in_blocks(xp.astype(seen, k.dtype), size, -1, xp), axis=-1)
+    mean = total / xp.where(count == 0, 1.0, count)[..., None]
+    return _scores(q, mean, scale, None, None, xp)
