@@ -5,8 +5,9 @@ Attention algorithms written once against the Python array API standard: whateve
 array goes in, the same kind comes out. Four families: dense, local, sparse and linear.
 """
 
-from arrattn import feature_maps, patterns, reference
-from arrattn._state import LinearState
+from arrattn import adapters, feature_maps, patterns, reference
+from arrattn._state import DeltaState, LinearState
+from arrattn.delta import delta_attention
 from arrattn.dense import attention
 from arrattn.explain import explain
 from arrattn.linear import linear_attention
@@ -16,9 +17,12 @@ from arrattn.sparse import sparse_attention
 from arrattn.threads import get_num_threads, set_num_threads
 
 __all__ = [
+    "DeltaState",
     "LinearState",
     "__version__",
+    "adapters",
     "attention",
+    "delta_attention",
     "explain",
     "feature_maps",
     "get_num_threads",

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from arrattn import check_command, show
     from arrattn.bench import compare, speed
 
     parser = argparse.ArgumentParser(
@@ -51,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help=about, description=_sentence(about))
     speed.add_arguments(command)
     command.set_defaults(run=speed.run)
+
+    about = "hold a function against the laws of attention"
+    command = commands.add_parser("check", help=about, description=_sentence(about))
+    check_command.add_arguments(command)
+    command.set_defaults(run=check_command.run)
+    about = "draw a pattern, and say which tiles it lets an attention skip"
+    command = commands.add_parser("show", help=about, description=_sentence(about))
+    show.add_arguments(command)
+    command.set_defaults(run=show.run)
 
     about = "list the array libraries: what is installed here, and what each supports"
     command = commands.add_parser("backends", help=about, description=_sentence(about))

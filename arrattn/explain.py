@@ -11,11 +11,12 @@ from typing import Any
 
 import array_api_compat as compat
 
-from arrattn import linear
-from arrattn._core import inputs, loops, recurrence, ways
+from arrattn import delta, linear
+from arrattn._core import gated, inputs, loops, recurrence, ways
 from arrattn._core.inputs import LinearInputs, SoftmaxInputs, dtype_name
 from arrattn._core.plan import Plan
 from arrattn._core.ways import Way
+from arrattn.delta import delta_attention
 from arrattn.dense import attention
 from arrattn.linear import linear_attention
 from arrattn.local import local_attention
@@ -102,7 +103,8 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     Parameters
     ----------
     function : callable
-        `attention`, `local_attention`, `sparse_attention` or `linear_attention`.
+        `attention`, `local_attention`, `sparse_attention`, `linear_attention` or
+        `delta_attention`.
     *args, **kwargs : object
         The arguments of the call.
 
@@ -114,7 +116,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     Raises
     ------
     TypeError
-        If `function` is none of the four, or where the call raises it.
+        If `function` is none of these, or where the call raises it.
     ValueError
         Where the call raises it.
 
@@ -188,27 +190,45 @@ _FORMS = {
     "sorted": "queries and keys in one sequence, sorted by segment and position",
     "side by side": "queries and keys side by side, each chunk after the one before",
     "all at once": "every key into one state, then every query of it",
+    "both ways": "decay on both sides: keys up to a query in order, those after it in reverse",
 }
 
 
 def _explain_linear(*args: Any, **kwargs: Any) -> Explanation:
     x, how, operands = linear.read_call(*args, **kwargs)
+    return _explain_recurrence("linear_attention", x, how, operands)
+
+
+def _explain_delta(*args: Any, **kwargs: Any) -> Explanation:
+    x = inputs.read_delta("delta_attention", *args, **kwargs)
+    how, operands = delta.lay_out_delta(x, padded=kwargs["key_mask"] is not None)
+    return _explain_recurrence("delta_attention", x, how, operands)
+
+
+def _explain_recurrence(
+    function: str, x: LinearInputs, how: recurrence.How, operands: recurrence.Operands
+) -> Explanation:
     hkv, g, nq, d = x.q.shape[-4:]
     nk, dv, lanes = x.k.shape[-2], x.v.shape[-1], math.prod(x.batch) * hkv
     features = recurrence.features_of(how.feature_map, x.k, x.acc, x.xp).phi.shape[-1]
-    form = recurrence.form(how, operands)
-    steps = (
+    has_gates = operands.log_decay is not None or operands.beta is not None
+    form = (gated if has_gates else recurrence).form(how, operands)
+    steps: tuple[str, ...] = (
         _FORMS[form],
         f"chunks of {how.chunk} tokens, {features} features, state {features} x {dv} per key head",
     )
+    gates = (("decay", operands.log_decay is not None), ("delta rule", operands.beta is not None))
+    if has_gates:
+        steps = (*steps, "gates: " + ", ".join(text for text, given in gates if given))
     seen = [text for text, given in _limits(how, operands) if given]
     products = None
-    if form != "sorted":  # sorting decides how many tokens there are
+    # Sorting decides how many tokens there are, and gates how much is done with each.
+    if form != "sorted" and not has_gates:
         within = g * nq * min(how.chunk, nk) if form == "side by side" else 0
         products = lanes * ((nk + g * nq) * features * (dv + 1) + within * (features + dv + 1))
     way = Way("recurrence", steps, products=products)
     dense = lanes * g * nq * nk * (d + dv)
-    return _about("linear_attention", x, way, " & ".join(seen) or None, dense)
+    return _about(function, x, way, " & ".join(seen) or None, dense)
 
 
 def _limits(how: recurrence.How, x: recurrence.Operands) -> list[tuple[str, bool]]:
@@ -231,4 +251,5 @@ _DOORS: dict[str, tuple[Callable[..., Any], Callable[..., Explanation]]] = {
     ),
     "sparse_attention": (sparse_attention, _explain_selected),
     "linear_attention": (linear_attention, _explain_linear),
+    "delta_attention": (delta_attention, _explain_delta),
 }

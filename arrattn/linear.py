@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from arrattn._core import inputs, recurrence
+from arrattn._core import gated, inputs, loops, recurrence
 from arrattn._core.typing import Array
 from arrattn._state import LinearState
-from arrattn.feature_maps import FeatureMap, elu_plus_one, read_map
+from arrattn.feature_maps import FeatureMap, elu_plus_one, identity
+from arrattn.feature_maps._read import read_map
 
 __all__ = ["linear_attention"]
 
@@ -19,6 +20,7 @@ def linear_attention(
     /,
     *,
     feature_map: FeatureMap | Any | None = elu_plus_one,
+    log_decay: Array | None = None,
     is_causal: bool = False,
     key_mask: Array | None = None,
     kv_lengths: int | Array | None = None,
@@ -39,6 +41,10 @@ def linear_attention(
     either length (other libraries copy inputs or output). A query whose weights sum to 0,
     such as one that sees no key, gives 0.
 
+    With `log_decay` :math:`g \le 0` the past fades: key `j` weighs
+    :math:`\phi(q_i)^\top (e^{-|G_i - G_j|} \odot \phi(k_j))` where :math:`G` sums `g` up to
+    the position. Without `is_causal` that is decay with the distance on both sides.
+
     Parameters
     ----------
     q : array, shape (..., Hq, Nq, D)
@@ -47,10 +53,17 @@ def linear_attention(
         Keys; `Hq` is a multiple of `Hkv`, and query head `h` reads key head
         ``h // (Hq // Hkv)``. Leading axes broadcast.
     v : array, shape (..., Hkv, Nk, Dv)
-        Values.
+        Values. They may have a multiple `Hv` of the heads of `k`: value head `h` then stands
+        under key head ``h // (Hv // Hkv)``, `Hq` divides `Hv` or is a multiple of it, and the
+        output has the larger of `Hq` and `Hv` heads. State and `log_decay` have `Hv` heads.
     feature_map : FeatureMap, callable or None, default: elu_plus_one
         :math:`\phi`, one of `arrattn.feature_maps` or a function ``phi(x) -> features``
         for queries and keys alike; None is the identity.
+    log_decay : array, shape (..., Hkv, Nk) or (..., Hkv, Nk, Dphi), optional
+        Natural logarithm of what is left of the past when token `j` comes, at most 0, for
+        each token or each of its features. The latter broadcasts: ``(Hkv, 1, 1)`` is a
+        constant for each head, ``(..., Hkv, Nk, 1)`` one number for each token. A token that
+        is not there lets no time pass.
     is_causal : bool, default: False
         Each query sees the keys up to its own position, ``i + Nk - Nq``, or
         ``i + kv_lengths - Nq``.
@@ -67,7 +80,8 @@ def linear_attention(
         Factor of the weights; it matters only without `normalize`.
     initial_state : LinearState, optional
         What earlier tokens left, ``S (..., Hkv, Dphi, Dv)`` and ``z (..., Hkv, Dphi)`` in
-        the accumulation dtype. Every query sees it, whatever its position and segment.
+        the accumulation dtype. Every query sees it, whatever its position and segment. With
+        `log_decay` it fades like a key before the first, and does not go with `segment_ids`.
     return_state : bool, default: False
         Also return the state for the tokens that follow.
 
@@ -84,10 +98,12 @@ def linear_attention(
     TypeError
         If inputs mix array libraries or devices, or are not of the kinds above.
     ValueError
-        If shapes disagree, or a number is out of range.
+        If shapes disagree, a number is out of range, a decay is above 0, or segments would
+        cut a state that decays.
 
     See Also
     --------
+    delta_attention : A memory that corrects itself instead of adding up.
     arrattn.feature_maps : Feature maps, and the kernel that each stands for.
     arrattn.reference.linear_attention : The defining equation, over all pairs.
     arrattn.reference.linear_steps : The same, one token after the other.
@@ -98,10 +114,17 @@ def linear_attention(
     the state [2]_. Segments and per-item lengths are sorted into one sequence first.
     Sums are taken in at least float32.
 
+    Decay by head is that of RetNet [3]_, by token that of Mamba-2 [4]_, by feature that of
+    gated linear attention [5]_. Its logarithms are summed over the tokens between a key and a
+    query, so that neither fast nor slow decay is lost beside the other.
+
     References
     ----------
     .. [1] Katharopoulos et al., Transformers are RNNs, 2020, arXiv:2006.16236.
     .. [2] Hua et al., Transformer quality in linear time, 2022, arXiv:2202.10447.
+    .. [3] Sun et al., Retentive network, 2023, arXiv:2307.08621.
+    .. [4] Dao & Gu, Transformers are SSMs, 2024, arXiv:2405.21060.
+    .. [5] Yang et al., Gated linear attention transformers, 2023, arXiv:2312.06635.
 
     Examples
     --------
@@ -115,12 +138,19 @@ def linear_attention(
     array([0., 1., 2.])
     >>> linear_attention(x[3:], x[3:], v[3:], is_causal=True, initial_state=state)[:, 0]
     array([4.])
+
+    What is older weighs less, here by half for each step:
+
+    >>> half = np.full((1, 1), np.log(0.5))
+    >>> linear_attention(x, x, v, is_causal=True, normalize=False, log_decay=half)[:, 0] / 2
+    array([ 0. ,  2. ,  5. , 12.5])
     """
     x, how, operands = read_call(
         q,
         k,
         v,
         feature_map=feature_map,
+        log_decay=log_decay,
         is_causal=is_causal,
         key_mask=key_mask,
         kv_lengths=kv_lengths,
@@ -130,20 +160,37 @@ def linear_attention(
         initial_state=initial_state,
         return_state=return_state,
     )
-    out, S, z = recurrence.attend(how, operands)
-    out = x.ungroup(out)
-    if not return_state:
-        return out
-    return out, LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+    out, state = attend(x, how, operands)
+    out = x.xp.astype(out, q.dtype, copy=False)  # placed features have no other dtype
+    return (out, state) if return_state else out
+
+
+def attend(
+    x: inputs.LinearInputs, how: recurrence.How, operands: recurrence.Operands
+) -> tuple[Array, LinearState]:
+    """Do a call that has been read."""
+    if operands.log_decay is None:
+        out, S, z = recurrence.attend(how, operands)
+    else:
+        out, S, z = recurrence.attend(how, operands, gated.run, together=True)
+    S, z = x.join_heads(S, 2), x.join_heads(z, 1)
+    state = LinearState(S[..., 0, :, :], z[..., 0, :]) if x.no_head else LinearState(S, z)
+    return x.ungroup(out), state
 
 
 def read_call(
-    q: Array, k: Array, v: Array, **options: Any
+    q: Array, k: Array, v: Array, *, growing: bool = False, **options: Any
 ) -> tuple[inputs.LinearInputs, recurrence.How, recurrence.Operands]:
-    """Check the arguments, and lay out what the recurrence does with them."""
+    """
+    Check the arguments, and lay out what the recurrence does with them.
+
+    `growing` allows a `log_decay` above 0.
+    """
     function = "linear_attention"
     x = inputs.read_linear(function, q, k, v, **options)
     phi = read_map(options["feature_map"])
+    if phi.positional:
+        x, phi = _placed(x, phi), identity
     how = recurrence.How(
         xp=x.xp,
         feature_map=phi,
@@ -153,24 +200,46 @@ def read_call(
         batch=x.batch,
         acc=x.acc,
         same_ids=x.q_ids is not None and x.q_ids is x.k_ids,
-        chunk=recurrence.CHUNK,
+        chunk=recurrence.CHUNK if options["log_decay"] is None else gated.CHUNK,
     )
+    if options["log_decay"] is not None:
+        width = recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
+        x = inputs.with_decay(x, options["log_decay"], width, function, growing=growing)
     return x, how, _operands(x, phi, function, padded=options["key_mask"] is not None)
+
+
+def _placed(x: inputs.LinearInputs, phi: FeatureMap) -> inputs.LinearInputs:
+    """Features in the place of queries and keys, for a map that asks where they are."""
+    xp, (nq, nk) = x.xp, (x.q.shape[-2], x.k.shape[-2])
+    on = loops.device_of(x.q)
+    last = nk if x.kv_lengths is None else x.kv_lengths
+    if not isinstance(last, int):
+        last = xp.reshape(last, (*last.shape, 1, 1, 1))  # beside heads, groups and queries
+    p, j = xp.arange(nq, device=on) + (last - nq), xp.arange(nk, device=on)
+    at: Any = phi  # only these maps take positions
+    q = at.phi_q(xp.astype(x.q, x.acc), xp, positions=p).phi
+    return x._replace(q=q, k=at.phi_k(xp.astype(x.k, x.acc), xp, positions=j).phi)
 
 
 def _operands(
     x: inputs.LinearInputs, phi: FeatureMap, function: str, *, padded: bool
 ) -> recurrence.Operands:
-    """Lay out the arrays for the recurrence; a length that is a number cuts the keys."""
-    state = x.state
-    like = x.xp.astype(x.k[..., :0, :], x.acc)
+    """Check a state against the number of features, and lay out the arrays."""
+    state, weights = x.state, phi.weights(x.xp.astype(x.k[..., :0, :], x.acc), x.xp)
     if state is not None:
-        hkv, dphi = x.k.shape[-3], recurrence.features_of(phi, x.k, x.acc, x.xp).phi.shape[-1]
-        heads = () if x.no_head else (hkv,)
-        lead = (*x.batch, *heads, dphi)
+        dphi = recurrence.features_of(phi, x.k, x.acc, x.xp, weights).phi.shape[-1]
+        heads = () if x.no_head else (x.value_heads,)
+        lead = (*x.outer, *heads, dphi)
         inputs.read_state(state, ((*lead, x.v.shape[-1]), lead), x.acc, function)
-        if x.no_head:
-            state = LinearState(state.S[None, ...], state.z[None, ...])
+        full = len(x.outer) + 2
+        S = inputs.lead_with_ones(state.S, full + 1, no_head=x.no_head)
+        z = inputs.lead_with_ones(state.z, full, no_head=x.no_head)
+        x = x._replace(state=LinearState(x.split_heads(S, 2), x.split_heads(z, 1)))
+    return lay_out(x, weights, padded=padded)
+
+
+def lay_out(x: inputs.LinearInputs, weights: Array | None, *, padded: bool) -> recurrence.Operands:
+    """The arrays for the recurrence; a length that is a number cuts the keys."""
     operands = recurrence.Operands(
         q=x.q,
         k=x.k,
@@ -179,8 +248,10 @@ def _operands(
         q_ids=x.q_ids,
         k_ids=x.k_ids,
         lengths=None,
-        state=state,
-        weights=phi.weights(like, x.xp),
+        state=x.state,
+        weights=weights,
+        log_decay=x.log_decay,
+        beta=x.beta,
     )
     if x.kv_lengths is None:
         return operands

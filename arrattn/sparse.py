@@ -39,16 +39,18 @@ def sparse_attention(
     return_selection: bool = False,
 ) -> Array | tuple[Array, ...]:
     r"""
-    Softmax attention over the query's own block and the best `top_k` keys elsewhere.
+    Softmax attention over the query's own block and the best keys or blocks elsewhere.
 
     .. math:: o_i = \sum_{j \in B(i) \cup T(i)} \frac{\exp(s_{ij})}
               {\sum_{j' \in B(i) \cup T(i)} \exp(s_{ij'})} v_j
 
     Keys are cut into blocks of `block_size`. `B` is the block in which the query's
-    position lies (none, if it lies outside the keys); `T` the `top_k` visible keys outside
-    it with the highest scores, among the `route` blocks whose mean key scores best against
-    the query [1]_ [2]_. Both are chosen for every query of every query head, and only among
-    what is visible: everything that limits visibility intersects, as in `attention`.
+    position lies (none, if it lies outside the keys), with what `always` shows. With
+    ``select="keys"``, `T` are the `top_k` visible keys elsewhere with the highest scores, among
+    the `route` blocks that score best [2]_; with ``select="blocks"``, the visible keys of the
+    `top_k` blocks that score best [1]_. A block is scored by its mean key [1]_, by a bound from
+    above of its keys' scores [4]_, by its best score, or by the caller [5]_. Only what is visible
+    is chosen: everything that limits visibility intersects, as in `attention`.
 
     Parameters
     ----------
@@ -62,15 +64,30 @@ def sparse_attention(
     block_size : int, optional
         Keys per block; the last may be short. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
-        Keys seen outside the own block. Default: ``ceil(sqrt(Nk))``. 0 leaves
-        block-diagonal attention.
+        Keys, or blocks, seen outside the own block. Default: ``ceil(sqrt(Nk))`` keys, 3 blocks.
+        0 leaves block-diagonal attention, and what `always` shows.
     route : int or None, default: 8
-        Blocks searched for each query, the own block not counted. None searches all, which
+        Blocks searched for single keys, the own block not counted. None searches all, which
         makes the selection exact and the time O(Nq Nk).
-    select : {"keys"}, default: "keys"
-        What is chosen: single keys.
-    per : {"query"}, default: "query"
-        For whom: every query of every query head on its own.
+    select : {"keys", "blocks"}, default: "keys"
+        What is chosen: single keys, or whole blocks.
+    per : {"query", "block", "group"}, default: "query"
+        Who chooses: every query of every query head; the queries of a head whose positions lie
+        in one block, together [4]_; or the query heads that share a key head [5]_. Scores are
+        then summed over those of them who can choose the block, or the key.
+    score : {"mean", "bound", "best"}, default: "mean"
+        What a block is chosen by: ``scale * q . mean(keys)``; the sum over channels of the
+        larger of the products with the smallest and with the largest such channel of its keys,
+        which no score of the block exceeds; or the highest score of the keys that can be chosen,
+        in time O(Nq Nk).
+    block_scores : array, optional
+        Scores of blocks from elsewhere, such as a learned indexer's, real floating, of a shape
+        that broadcasts to (..., Hq, Nq, blocks), with ``blocks = ceil(Nk / block_size)``;
+        ``-inf`` forbids a block. Heads may also be `Hkv`; with ``per="block"`` there may be a
+        row for each block of queries. One row for all who choose together is taken as it is.
+    always : arrattn.patterns.Pattern, optional
+        What is seen beside the own block, where it is visible at all: sinks, a window, the
+        previous block. It does not count among what is chosen.
     mask : array of bool, optional
         True = visible; broadcastable to (..., Hq, Nq, Nk).
     bias : array, optional
@@ -101,6 +118,8 @@ def sparse_attention(
         One logit for each query head that takes part in the denominator alone.
     return_lse : bool, default: False
         Also return the log-sum-exp of each row's scores.
+    return_selection : bool, default: False
+        Also return what was chosen.
 
     Returns
     -------
@@ -110,6 +129,11 @@ def sparse_attention(
     lse : array, shape (..., Hq, Nq)
         Only with `return_lse`: natural logarithm, at least float32; ``-inf`` (with sinks:
         the sink) where no key is seen.
+    selection : array of int, shape (..., Hq, Nq, count)
+        Only with `return_selection`, and last: the keys, or the blocks, that were chosen,
+        ascending, padded with -1 to `top_k` (or all there are). With ``per="group"`` there are
+        Hkv heads; with ``per="block"`` a row for each block that queries lie in, from that of
+        the first query on.
 
     Raises
     ------
@@ -126,11 +150,13 @@ def sparse_attention(
 
     Notes
     -----
-    A block takes part in routing if it holds a key that the query sees; its mean is over the
-    finite keys that some query sees, and its score is ``q . mean`` times the sign of `scale`. Ties
+    A block takes part in routing if it holds a key that the query can choose; its mean and its
+    bounds are over the finite keys that some query sees. Ties
     go to the lower index, for blocks and for keys. With the default sizes time is
     O(Nq sqrt(Nk) (D + Dv)), working memory that of a tile of queries (its rows
-    times ``(route + 1) * block_size`` scores), and a copy of keys and values. The
+    times ``(route + 1) * block_size`` scores), and a copy of keys and values. A rule of
+    visibility that is not an interval of keys for each query (a mask, say, or `Strided`) is asked
+    about all pairs in routing. The
     selection itself has no gradient; the scores and values that it leaves do.
     The log-sum-exp is over the keys seen: ``exp(lse - lse_dense)`` is the share of dense
     attention's probability that they hold.
@@ -141,6 +167,9 @@ def sparse_attention(
     .. [2] Gupta et al., Memory-efficient Transformers via Top-k Attention, 2021,
        arXiv:2106.06899.
     .. [3] Ainslie et al., GQA, 2023, arXiv:2305.13245.
+    .. [4] Tang et al., Quest: query-aware sparsity for efficient long-context LLM inference,
+       2024, arXiv:2406.10774.
+    .. [5] Yuan et al., Native Sparse Attention, 2025, arXiv:2502.11089.
 
     Examples
     --------

@@ -13,17 +13,25 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from lanes import LANES, Lane
 
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
     "ci", derandomize=True, deadline=None, print_blob=True, database=None,
-    suppress_health_check=QUIET,
+    max_examples=150, phases=PHASES, suppress_health_check=QUIET,
 )  # fmt: skip
 settings.register_profile(
-    "random", derandomize=False, deadline=None, print_blob=True, suppress_health_check=QUIET
-)
+    "random", derandomize=False, deadline=None, print_blob=True,
+    max_examples=150, phases=PHASES, suppress_health_check=QUIET,
+)  # fmt: skip
+# For mutation testing: a failure is all that is asked for, not the smallest.
+settings.register_profile(
+    "mutation", derandomize=True, deadline=None, database=None,
+    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")),
+    phases=(Phase.explicit, Phase.generate), suppress_health_check=QUIET,
+)  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
@@ -54,10 +62,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     Run a test that asks for `lane` on every way there is.
 
     ``@pytest.mark.lanes("numpy", "jax")`` leaves only those; it is for what a lane cannot
-    even express, and says why beside it.
+    even express, and says why beside it. So does ``ARRATTN_LANES=numpy,torch`` for all tests.
     """
     if "lane" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("lanes")
     chosen = LANES if marker is None else tuple(x for x in LANES if x.name in marker.args)
+    if only := os.environ.get("ARRATTN_LANES"):
+        chosen = tuple(x for x in chosen if x.name in only.split(","))
     metafunc.parametrize("lane", _params(chosen))

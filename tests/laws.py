@@ -9,8 +9,6 @@ from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from lanes import Lane
 
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-
 
 def for_all(**drawn: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """
@@ -28,8 +26,10 @@ def for_all(**drawn: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Cal
             check.__name__ = law.__name__
             check.__qualname__ = f"{law.__qualname__}[{lane}]"
             check.__module__ = law.__module__
-            phases = PHASES if lane.shrinks else PHASES[:-1]
-            settings(max_examples=lane.examples, phases=phases)(given(**drawn)(check))()
+            profile = settings.default
+            phases = [x for x in profile.phases if lane.shrinks or x != Phase.shrink]
+            examples = min(lane.examples, profile.max_examples)
+            settings(max_examples=examples, phases=phases)(given(**drawn)(check))()
 
         test.__name__, test.__qualname__ = law.__name__, law.__qualname__
         test.__module__, test.__doc__ = law.__module__, law.__doc__

@@ -152,6 +152,9 @@ def id_arrays(
     return (np.sort(q_ids), np.sort(k_ids)) if draw(st.booleans()) else (q_ids, k_ids)
 
 
+_sides = st.sampled_from((0, 1, 3, None))
+
+
 def simple_sights(nq: int, nk: int, batch: tuple[int, ...]) -> st.SearchStrategy[Sight]:
     """One pattern, not composed."""
     few = st.integers(0, 6)
@@ -161,6 +164,11 @@ def simple_sights(nq: int, nk: int, batch: tuple[int, ...]) -> st.SearchStrategy
         st.builds(sights.prefix, over_batch(batch, 0, nk + 2)),
         st.builds(sights.everywhere, few),
         st.builds(sights.strided, st.integers(1, 5)),
+        st.builds(sights.dilated, st.integers(1, 4), _sides, _sides),
+        st.integers(1, 6).flatmap(
+            lambda size: st.builds(sights.fixed, st.just(size), st.integers(0, size))
+        ),
+        st.builds(sights.random_keys, few, few, st.integers(1, 4), st.integers(0, nk + 2)),
         st.builds(lambda ids: sights.segments(*ids), id_arrays(nq, nk, batch)),
         st.builds(sights.blocks, tables(), st.integers(1, 6)),
         st.builds(sights.where, few, few),

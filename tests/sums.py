@@ -11,15 +11,30 @@ from hypothesis import strategies as st
 from lanes import Lane
 from softmax import as_held
 from strategies import Case, broadcast, id_arrays, over_batch, shapes, values
-from tolerance import C, accumulation, eps, largest, longest
+from tolerance import accumulation
 
 from arrattn import LinearState, feature_maps, linear_attention, reference
 from arrattn._core import recurrence
-from arrattn.feature_maps import FeatureMap, Features, read_map
+from arrattn.feature_maps import FeatureMap
+from arrattn.feature_maps._read import read_map
+from arrattn.testing import bounds
 
 RANDOM = ("softmax", "gaussian", "trigonometric", "laplacian")
 MAPS = ("elu_plus_one", "relu", "identity", "square", *RANDOM)
-NON_NEGATIVE = ("elu_plus_one", "relu", "square", "softmax", "gaussian")
+
+# More of each kind: they have to hold what the maps above hold, with fewer examples.
+MORE_RANDOM = (
+    "softmax hyperbolic", "softmax trigonometric", "softmax independent", "gaussian hyperbolic",
+    "binning",
+)  # fmt: skip
+MORE_FINITE = ("exp", "softmax_features", "taylor2", "squared", "hedgehog")
+BY_LANDMARKS = ("nystrom",)
+ALL_RANDOM = (*RANDOM, *MORE_RANDOM)
+ALL_MAPS = (*MAPS, *MORE_FINITE, *MORE_RANDOM, *BY_LANDMARKS)
+NON_NEGATIVE = (
+    "elu_plus_one", "relu", "square", "softmax", "gaussian", *MORE_FINITE, "softmax hyperbolic",
+    "softmax independent", "gaussian hyperbolic", "binning",
+)  # fmt: skip
 
 
 def square(x: Any) -> Any:
@@ -30,6 +45,20 @@ def square(x: Any) -> Any:
 def make_map(name: str, dim: int, num_features: int = 8, rng: int = 3) -> Any:
     """Build a feature map by name, as `linear_attention` takes it."""
     drawn: dict[str, Any] = {"dim": dim, "num_features": num_features, "rng": rng}
+    kind, _, features = name.partition(" ")
+    if features == "independent":
+        return feature_maps.softmax(**drawn, orthogonal=False)
+    if features:
+        width = {"sigma": 3.0} if kind == "gaussian" else {}
+        return getattr(feature_maps, kind)(**width, **drawn, features=features)
+    if name == "binning":
+        return feature_maps.laplacian(8.0, **drawn, features="binning", bins=4)
+    if name == "hedgehog":
+        both = np.random.default_rng(rng).normal(size=(2, dim, num_features // 2))
+        return feature_maps.hedgehog(*both)
+    if name == "nystrom":
+        points = np.random.default_rng(rng).normal(size=(20, dim))
+        return feature_maps.nystrom(feature_maps.taylor2, points)
     if name == "softmax":
         return feature_maps.softmax(**drawn)
     if name == "laplacian":
@@ -52,7 +81,7 @@ def chunks_of(size: int) -> Iterator[None]:
 
 
 @st.composite
-def linear_cases(draw: st.DrawFn, *, state: bool = True, maps: tuple[str, ...] = MAPS) -> Case:
+def linear_cases(draw: st.DrawFn, *, state: bool = True, maps: tuple[str, ...] = ALL_MAPS) -> Case:
     """Draw a call of linear attention; the map by its name."""
     q_shape, k_shape, v_shape = draw(shapes())
     seed = draw(st.integers(0, 999))
@@ -95,6 +124,8 @@ def some_state(case: Case, rng: np.random.Generator) -> LinearState:
 def options_of(case: Case) -> dict[str, Any]:
     """Give the options of a call, with the map itself for its name."""
     name = case.options["feature_map"]
+    if isinstance(name, FeatureMap):
+        return case.options
     return case.options | {"feature_map": make_map(name, case.q.shape[-1])}
 
 
@@ -111,70 +142,11 @@ def check_linear(lane: Lane, case: Case, *, dtype: str = "float64") -> None:
         lane.check(got, want, dtype=acc, within=within)
 
 
-class Norms(FeatureMap):
-    """The length of another map's features, one bound for all products with them."""
-
-    name = "norms"
-
-    def __init__(self, of: FeatureMap) -> None:
-        self.of = of
-
-    def output_dim(self, dim: int) -> int:
-        return 1
-
-    def phi(self, x: Any, xp: Any, weights: Any = None) -> Features:
-        phi, log = self.of.phi(x, xp)
-        return Features(np.sqrt(np.sum(phi * phi, axis=-1, keepdims=True)), log)
-
-    def kernel(self, x: Any, y: Any) -> Any:
-        return self.phi(x, np).phi @ self.phi(y, np).phi.swapaxes(-1, -2)
-
-
 def linear_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[Any, Any, Any]:
-    """
-    How far output, `S` and `z` may be off: forward error of sums of products.
-
-    Sums of ``a_i b_i`` carry an error of ``eps |a| |b|``, features one of `eps` times their
-    exponent; a quotient has the errors of both its sums over the size of the lower one.
-    """
-    options = options_of(case)
-    phi = read_map(options["feature_map"])
-    unit = C * eps(accumulation(dtype)) * (1 + exponent(phi, case))
-    state, norms = options.pop("initial_state", None), Norms(phi)
-    plain = options | {"normalize": False, "scale": 1.0}
-    ones, top_v = np.ones_like(case.v[..., :1]), np.full_like(case.v[..., :1], largest(case.v))
-    lower_state = bound_state = ones_state = None
-    if state is not None:
-        z_norm = np.linalg.norm(state.z, axis=-1, keepdims=True)
-        S_norm = np.linalg.norm(state.S, axis=-2).max(-1, initial=0.0)[..., None, None]
-        lower_state = LinearState(state.z[..., None], state.z)
-        ones_state = LinearState(z_norm[..., None], z_norm)
-        bound_state = LinearState(S_norm, z_norm)
-    by_norms = plain | {"feature_map": norms}
-    upper, after = reference.linear_attention(
-        case.q, case.k, top_v, initial_state=bound_state, return_state=True, **by_norms
-    )
-    if options.get("normalize", True):
-        total = reference.linear_attention(case.q, case.k, ones, initial_state=lower_state, **plain)
-        size = reference.linear_attention(
-            case.q, case.k, ones, initial_state=ones_state, **by_norms
-        )
-        least = np.where(total == 0, np.inf, np.abs(total))
-        within = unit * (upper + np.abs(out) * size) / least
-        # Where the lower sum is all error, the quotient can be anything.
-        within = np.where(unit * size > 0.1 * least, np.inf, within)
-    else:
-        within = unit * abs(options.get("scale", 1.0)) * upper
-    if dtype != accumulation(dtype):
-        within = within + eps(dtype) * np.abs(out)
-    return within, unit * after.S, unit * after.z
+    """How far output, `S` and `z` may be off."""
+    return bounds.linear_errors(case.arrays, options_of(case), dtype, out)
 
 
 def exponent(phi: FeatureMap, case: Case) -> float:
     """Bound the exponents and angles that a map's features are made of."""
-    x = max(longest(case.q), longest(case.k))
-    weights = phi.weights(np.zeros(1), np)
-    if weights is None:
-        return x + case.q.shape[-1]
-    factor = phi._factor
-    return longest(weights.T) * factor * x + 2 * (factor * x) ** 2 + phi.num_features
+    return bounds.exponent(phi, case.q, case.k)

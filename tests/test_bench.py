@@ -59,16 +59,19 @@ class Machine:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, (0, 0), (3, 0), (2, 5), (40, 40)])
+@pytest.mark.parametrize("shared", [0, 1, 4])
 @pytest.mark.parametrize(("queries", "n"), [(None, 17), (1, 9), (6, 20), (20, 6), (None, 0)])
 def test_operations_are_those_of_the_visible_pairs(
-    causal: bool, window: tuple[int, int] | None, queries: int | None, n: int
+    causal: bool, window: tuple[int, int] | None, shared: int, queries: int | None, n: int
 ) -> None:
-    problem = Problem(n=n, queries=queries, causal=causal, window=window, batch=3, heads=4, width=5)
+    problem = Problem(n=n, queries=queries, causal=causal, window=window, shared=shared)
+    problem = problem._replace(batch=3, heads=4, width=5)
     seen = np.ones((problem.nq, n), dtype=bool)
     if causal:
         seen &= patterns.Causal().table(problem.nq, n)
     if window is not None:
-        seen &= patterns.Window(*window).table(problem.nq, n)
+        near = patterns.Window(*window) | patterns.Global(shared)
+        seen &= near.table(problem.nq, n)
     assert visible_pairs(problem) == np.count_nonzero(seen)
     assert problem.operations() == 4 * 5 * 3 * 4 * np.count_nonzero(seen)
 
@@ -209,14 +212,15 @@ def test_lengths_and_peers_choose_the_jobs() -> None:
     own = list(choose_jobs(GROUPS, (), peers=False))
     assert len(everything) > len(own) > 0
     assert peers_of(own) == {
-        "matrix products", "arrattn dense", "arrattn float32", "plain NumPy"
+        "matrix products", "arrattn dense", "arrattn float32", "arrattn local, the window alone",
+        "plain NumPy", "arrattn linear", "NumPy, step by step",
     }  # fmt: skip
     local = list(choose_jobs(("local",), (), peers=True))
     assert {job.case.group for job in local} == {"local"}
     assert {n for job in local for n in job.lengths} == {8192, 16384, 32768}
     assert {job.lengths for job in choose_jobs(("dense",), (7,), peers=True)} == {(7,)}
     memory = [j for j in choose_jobs(("overhead",), (7, 9), peers=False) if "memory" in j.words]
-    assert [job.lengths for job in memory] == [(7,), (9,)] * 2
+    assert [job.lengths for job in memory] == [(7,), (9,)] * 3
     scaling = list(choose_jobs(("scaling",), (7, 9), peers=False))
     assert {job.lengths for job in scaling} == {(7, 9)}
 

@@ -10,7 +10,8 @@ import pytest
 from numpydoc.validate import validate
 
 import arrattn
-from arrattn import feature_maps, patterns, reference
+from arrattn import adapters, feature_maps, patterns, reference, testing
+from arrattn.testing import strategies
 
 ROOT = Path(__file__).parent.parent
 CHECKS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["numpydoc_validation"]
@@ -19,7 +20,7 @@ EXCLUDED = set(CHECKS["checks"]) - {"all"}
 
 def public() -> list[str]:
     names = [f"arrattn.{n}" for n in arrattn.__all__ if callable(getattr(arrattn, n))]
-    for module in (patterns, feature_maps, reference):
+    for module in (adapters, patterns, feature_maps, reference, testing, strategies):
         names += [f"{module.__name__}.{n}" for n in module.__all__ if callable(getattr(module, n))]
     return names
 
@@ -35,7 +36,13 @@ def test_numpydoc(name: str) -> None:
     assert not errors, f"{name}: {errors}"
 
 
-FAMILIES = ("attention", "local_attention", "sparse_attention", "linear_attention")
+FAMILIES = (
+    "attention",
+    "local_attention",
+    "sparse_attention",
+    "linear_attention",
+    "delta_attention",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from array_api_compat import array_namespace
 from lanes import Lane
 
 import arrattn
 from arrattn import (
+    DeltaState,
     LinearState,
     attention,
+    delta_attention,
     linear_attention,
     local_attention,
     merge,
@@ -28,10 +31,20 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "local_attention": lambda *a, **o: local_attention(*a, **{"window": (1, 1), **o}),
     "sparse_attention": sparse_attention,
     "linear_attention": linear_attention,
+    "delta_attention": lambda *a, **o: delta_attention(*a, **{"beta": beta_like(a[0]), **o}),
 }
+LINEAR = ("linear_attention", "delta_attention")
 families = pytest.mark.parametrize("family", FAMILIES)
-softmax = pytest.mark.parametrize("family", [n for n in FAMILIES if n != "linear_attention"])
+softmax = pytest.mark.parametrize("family", [n for n in FAMILIES if n not in LINEAR])
 ONES = np.ones((2, 5, 4))
+
+
+def beta_like(q: Any) -> Any:
+    """Writing strengths of the library and device of `q`, where it is an array."""
+    if not hasattr(q, "shape") or len(q.shape) < 2:
+        return ONES[..., 0]
+    xp = array_namespace(q)
+    return xp.ones_like(q[..., 0], dtype=xp.float64)
 
 
 def refused(kind: type[Exception], *says: str, by: Callable[[], Any]) -> str:
@@ -42,6 +55,11 @@ def refused(kind: type[Exception], *says: str, by: Callable[[], Any]) -> str:
     for words in says:
         assert words in message, f"{words!r} is not in: {message}"
     return message
+
+
+def short(x: object) -> str:
+    """What a test is called: no arrays."""
+    return str(x) if len(str(x)) < 60 else type(x).__name__
 
 
 # -- q, k, v ----------------------------------------------------------------------------------
@@ -257,10 +275,110 @@ def state(s: tuple[int, ...], z: tuple[int, ...], dtype: Any = np.float64) -> Li
             "initial_state.S: expected the accumulation dtype float64",
         ),
     ],
-    ids=str,
+    ids=short,
 )
 def test_linear_options(options: dict[str, Any], kind: type[Exception], says: str) -> None:
     refused(kind, says, by=lambda: linear_attention(ONES, ONES, ONES, **options))
+
+
+DECAY = np.full((2, 5), -0.1)
+BETA = np.ones((2, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"log_decay": -0.1}, TypeError, "log_decay: expected an array of real floats, got -0.1"),
+        (
+            {"log_decay": np.zeros((2, 5), int)},
+            TypeError,
+            "log_decay: expected an array of real floats, got an array of int64",
+        ),
+        ({"log_decay": torch.zeros(2, 5)}, TypeError, "log_decay: expected an array of the same"),
+        ({"log_decay": -DECAY}, ValueError, "log_decay: expected logarithms of at most 0, got up"),
+        (
+            {"log_decay": DECAY[:, :4]},
+            ValueError,
+            "(..., Hkv, Nk, Dphi) = (2, 5, 4), its last axis 1 or 4, or (..., Hkv, Nk) = (2, 5)",
+        ),
+        ({"log_decay": np.zeros((2, 5, 3))}, ValueError, "its last axis 1 or 4"),
+        ({"log_decay": np.zeros((3, 1, 1))}, ValueError, "log_decay: expected a shape that"),
+        (
+            {"log_decay": DECAY, "segment_ids": np.zeros(5, int), "return_state": True},
+            ValueError,
+            "return_state: segment_ids reset the memory at every boundary",
+        ),
+        (
+            {
+                "log_decay": DECAY,
+                "segment_ids": np.zeros(5, int),
+                "initial_state": state((2, 4, 4), (2, 4)),
+            },
+            ValueError,
+            "initial_state: segment_ids reset the memory at every boundary",
+        ),
+    ],
+    ids=str,
+)
+def test_decay(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    refused(kind, says, by=lambda: linear_attention(ONES, ONES, ONES, **options))
+    if "initial_state" in options:
+        options = options | {"initial_state": DeltaState(np.zeros((2, 4, 4)))}
+    refused(kind, says, by=lambda: delta_attention(ONES, ONES, ONES, beta=BETA, **options))
+
+
+def test_decay_that_can_be_read_in_two_ways() -> None:
+    q, g = np.ones((1, 1, 4, 4)), np.zeros((1, 1, 4))
+    says = "log_decay: (1, 1, 4) can be read as (..., Hkv, Nk) and as (..., Hkv, Nk, Dphi)"
+    refused(ValueError, says, by=lambda: linear_attention(q, q, q, log_decay=g))
+    assert linear_attention(q, q, q, log_decay=g[..., None]).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "says"),
+    [
+        ({"beta": 0.5}, TypeError, "beta: expected an array of real floats, got 0.5"),
+        ({"beta": np.ones((2, 5), int)}, TypeError, "beta: expected an array of real floats"),
+        ({"beta": jnp.ones((2, 5))}, TypeError, "beta: expected an array of the same library"),
+        ({"beta": np.ones((2, 4))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 4)"),
+        ({"beta": np.ones((2, 5, 1))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 5, 1)"),
+        ({"beta": np.ones(5)}, ValueError, "(..., Hv, Nk) = (2, 5), got (5,)"),
+        ({"scale": "1"}, TypeError, "scale: expected a real number"),
+        ({"return_state": 1}, TypeError, "return_state: expected True or False"),
+        ({"key_mask": np.ones(5)}, TypeError, "key_mask: expected an array of bool"),
+        ({"kv_lengths": 9}, ValueError, "kv_lengths: expected values from 0 to Nk (5)"),
+        ({"initial_state": 3}, TypeError, "initial_state: expected a DeltaState, got 3"),
+        (
+            {"initial_state": state((2, 4, 4), (2, 4))},
+            TypeError,
+            "initial_state: expected a DeltaState",
+        ),
+        (
+            {"initial_state": DeltaState(np.zeros((2, 4, 3)))},
+            ValueError,
+            "initial_state.S: expected shape (2, 4, 4), got (2, 4, 3)",
+        ),
+        (
+            {"initial_state": DeltaState(np.zeros((2, 4, 4), np.float32))},
+            TypeError,
+            "initial_state.S: expected the accumulation dtype float64, got float32",
+        ),
+    ],
+    ids=str,
+)
+def test_delta_options(options: dict[str, Any], kind: type[Exception], says: str) -> None:
+    options = {"beta": BETA, **options}
+    refused(kind, says, by=lambda: delta_attention(ONES, ONES, ONES, **options))
+
+
+def test_more_value_heads_than_key_heads() -> None:
+    q, k, v = np.ones((3, 5, 4)), np.ones((1, 5, 4)), np.ones((2, 5, 4))
+    says = "q: expected heads Hq a multiple of the heads Hv of v (2), or a divisor, got 3"
+    for name in LINEAR:
+        beta = {"beta": np.ones((2, 5))} if name == "delta_attention" else {}
+        refused(ValueError, says, by=lambda n=name, b=beta: getattr(arrattn, n)(q, k, v, **b))
+    says = "v: expected the heads Hkv of k (2), got 3; a multiple of them would do too"
+    refused(ValueError, says, by=lambda: linear_attention(v, v, q))
 
 
 @pytest.mark.parametrize(
@@ -287,14 +405,14 @@ def test_linear_options(options: dict[str, Any], kind: type[Exception], says: st
             "parts[1].out: expected numpy, got torch",
         ),
     ],
-    ids=str,
+    ids=short,
 )
 def test_merge(parts: Any, kind: type[Exception], says: str) -> None:
     refused(kind, says, by=lambda: merge(parts))
 
 
 def test_unknown_keywords_are_refused() -> None:
-    for name in ("attention", "local_attention", "sparse_attention", "linear_attention"):
+    for name in ("attention", "local_attention", "sparse_attention", *LINEAR):
         with pytest.raises(TypeError, match="causal"):
             getattr(arrattn, name)(ONES, ONES, ONES, causal=True)
         with pytest.raises(TypeError):

@@ -13,8 +13,16 @@ from laws import for_all
 from strategies import Case
 from test_native import one_width, spied
 
-from arrattn import attention, explain, linear_attention, local_attention, sparse_attention
-from arrattn._core import engine, jobs, loops, native, recurrence, select
+from arrattn import (
+    attention,
+    delta_attention,
+    explain,
+    linear_attention,
+    local_attention,
+    sparse_attention,
+)
+from arrattn._core import engine, gated, jobs, loops, native, recurrence, select
+from arrattn._core.plan import Plan
 from arrattn.explain import Explanation
 from arrattn.patterns import Window
 
@@ -139,7 +147,7 @@ def test_the_plan_named_is_the_plan_made(
     lane.call(attention, X, X, X, dtype="float32", engine="tiles", **options)
     if isinstance(made[0], jobs.Cut):
         made = [cut.plan for cut in made]
-    plans = [x[1] if isinstance(x, tuple) else x for x in made]
+    plans = [x if isinstance(x, Plan) else x[1] for x in made]
     assert repr(why.plan) == repr(plans[0])
     assert str(why.plan) in str(why)
 
@@ -217,6 +225,43 @@ def test_the_form_named_is_the_form_run(
     assert set(taken) == {form}
     assert why.steps[0] == _FORMS[form]
     assert "state 8 x 8" in why.steps[1]
+
+
+DECAY = np.full((2, 300), -0.1)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "form", "gates"),
+    [
+        (linear_attention, {"log_decay": DECAY, "is_causal": True}, "side by side", "decay"),
+        (linear_attention, {"log_decay": DECAY}, "both ways", "decay"),
+        (delta_attention, {"beta": -DECAY}, "side by side", "delta rule"),
+        (
+            delta_attention,
+            {"beta": -DECAY, "log_decay": DECAY, "kv_lengths": np.asarray([3, 300])},
+            "sorted",
+            "decay, delta rule",
+        ),
+    ],
+)
+def test_the_form_of_gates_named_is_the_form_run(
+    function: Any, options: dict[str, Any], form: str, gates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for name, was in gated.FORMS.items():
+
+        def record(*args: Any, name: str = name, was: Any = was) -> Any:
+            taken.append(name)
+            return was(*args)
+
+        monkeypatch.setitem(gated.FORMS, name, record)
+    why = explain(function, X, X, X, **options)
+    assert not taken
+    function(X, X, X, **options)
+    assert set(taken) == {form}
+    assert why.function == function.__name__
+    assert why.steps[2] == f"gates: {gates}"
+    assert "chunks of 32 tokens" in why.steps[1]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ import arrattn
 
 ROOT = Path(arrattn.__file__).parent
 LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "tensorflow", "mlx", "ndonnx"}
-FAMILIES = [ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear")]
+FAMILIES = [
+    ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear", "delta", "adapters")
+]
 CORE = sorted((ROOT / "_core").glob("*.py"))
+PATTERNS = sorted((ROOT / "patterns").glob("*.py"))
 
 #: Files whose purpose is to hold what differs between libraries.
 NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
@@ -23,16 +26,24 @@ NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
 LEVELS = [
     {"_core.typing", "_state"},
     {"_core.loops"},
-    {"_core.tiles"},
+    {"_core.tiles", "_core.decay"},
+    {"_core.order", "patterns._base"},
+    {"patterns._arrays"},
+    {"patterns._positions", "patterns._regular", "patterns._random"},
+    {"patterns._tree"},
     {"patterns", "feature_maps", "_core.online_softmax"},
     {"_core.inputs", "_core.plan", "_core.staging"},
-    {"_core.sight"},
+    {"_core.sight", "_core.packed"},
     {"_core.native"},
-    {"_core.fold", "_core.gather"},
+    {"_core.fold", "_core.gather", "_core.streams"},
+    {"_core.few", "_core.routing", "_core.topk"},
     {"_core.jobs"},
-    {"_core.engine", "_core.grouped", "_core.select", "_core.recurrence"},
-    {"_core.ways"},
+    {"_core.sparse_jobs", "_core.grouped"},
+    {"_core.engine", "_core.select", "_core.recurrence"},
+    {"_core.ways", "_core.gated"},
     {"dense", "local", "sparse", "linear", "merge"},
+    {"delta"},
+    {"adapters"},
     {"explain"},
     {"", "reference"},
 ]
@@ -59,7 +70,7 @@ def level(module: str) -> int | None:
     return next((n for n, names in enumerate(LEVELS) if module in names), None)
 
 
-@pytest.mark.parametrize("path", CORE + FAMILIES + [ROOT / "patterns.py"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CORE + FAMILIES + PATTERNS, ids=lambda p: p.stem)
 def test_imports_point_downwards(path: Path) -> None:
     own = level(module_of(path))
     assert own is not None or path.name == "__init__.py", f"{path.name} stands on no level"
@@ -76,14 +87,14 @@ def test_the_reference_shares_nothing_with_the_engines(path: Path) -> None:
     assert not [n for n in imports(path) if n.startswith("arrattn._core")]
 
 
-@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CORE + FAMILIES + PATTERNS, ids=lambda p: p.stem)
 def test_no_file_imports_an_array_library(path: Path) -> None:
     if path.name in NAMED_FOR_IT:
         pytest.skip("holds what differs between libraries")
     assert not {n.split(".")[0] for n in imports(path)} & LIBRARIES
 
 
-@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CORE + FAMILIES + PATTERNS, ids=lambda p: p.stem)
 def test_no_code_names_an_array_library(path: Path) -> None:
     # Names and strings that are code; docstrings and comments may speak of libraries.
     if path.name in NAMED_FOR_IT:
@@ -100,7 +111,7 @@ def test_the_search_would_find_one() -> None:
     assert {n.split(".")[0] for n in imports(loops)} & LIBRARIES
 
 
-@pytest.mark.parametrize("path", CORE + FAMILIES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CORE + FAMILIES + PATTERNS, ids=lambda p: p.stem)
 def test_no_forbidden_ways(path: Path) -> None:
     """No einsum, and nothing that moves arrays between libraries."""
     nodes = ast.walk(ast.parse(path.read_text()))

@@ -7,10 +7,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import close
+from tolerance import C, eps, largest, output_error, score_error
 
 from arrattn import attention, set_num_threads
+from arrattn._core import jobs
 from arrattn._core.jobs import at_once
-from arrattn.patterns import Strided, Where, Window
+from arrattn.patterns import (
+    Blocks,
+    Causal,
+    Dilated,
+    Fixed,
+    Global,
+    Pattern,
+    Prefix,
+    Random,
+    Segments,
+    Strided,
+    Where,
+    Window,
+)
 from arrattn.reference import softmax_attention
 
 
@@ -55,7 +71,9 @@ def standard_normal(n: int, m: int | None = None, *, heads: int = 1, d: int = 16
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, None])
-@pytest.mark.parametrize(("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40)])
+@pytest.mark.parametrize(
+    ("times_q", "times_k"), [(0, 1), (1e-10, 1e13), (1e-25, 3e27), (4, 40), (1, 12)]
+)
 def test_what_hidden_keys_hold_changes_no_bit(
     scale: float | None, times_q: float, times_k: float
 ) -> None:
@@ -63,7 +81,7 @@ def test_what_hidden_keys_hold_changes_no_bit(
     q *= np.float32(times_q)
     k *= np.float32(times_k)
     clean = attention(q, k, v, is_causal=True, scale=scale, return_lse=True)
-    for what in (np.nan, np.inf, 1e38, 1e-40, 0):
+    for what in (np.nan, np.inf, 1e38, 3e3, 1e-40, 0):
         dirty_k, dirty_v = k.copy(), v.copy()
         dirty_k[:, 1000:], dirty_v[:, 1010:] = what, what
         dirty = attention(q, dirty_k, dirty_v, is_causal=True, scale=scale, return_lse=True)
@@ -79,6 +97,30 @@ def test_what_hidden_keys_hold_changes_no_bit_of_a_few_rows(n: int) -> None:
         for x in (k, v):
             x[:, -1] = np.inf
             np.testing.assert_array_equal(attention(q, k, v, **options)[:, :-1], clean[:, :-1])
+
+
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e6])
+def test_what_hidden_keys_hold_changes_no_bit_of_the_bands_beside(what: float) -> None:
+    q, k, v = standard_normal(1100)
+    clean = attention(q, k, v, window=(40, 20))
+    k[:, 500] = what
+    dirty = attention(q, k, v, window=(40, 20))
+    blind = np.abs(np.arange(1100) - 510) > 30
+    np.testing.assert_array_equal(dirty[:, blind], clean[:, blind])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_that_grow_from_tile_to_tile(*, causal: bool) -> None:
+    q, k, v = standard_normal(1500)
+    q *= 30
+    k *= np.linspace(1, 20, 1500, dtype=np.float32)[None, :, None]
+    clean = attention(q, k, v, is_causal=causal, return_lse=True)
+    expected = softmax_attention(
+        *(x.astype(np.float64) for x in (q, k, v)), is_causal=causal, return_lse=True
+    )
+    # Scores are in the thousands: what float32 rounds of them shows.
+    np.testing.assert_allclose(clean[0], expected[0], atol=5e-3)
+    np.testing.assert_allclose(clean[1], expected[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("times_q", "times_k"), [(1e-25, 3e27), (3e27, 1e-25), (0, 3e30)])
@@ -104,6 +146,88 @@ def test_a_tile_in_which_no_group_of_rows_sees_any_key() -> None:
     out = attention(q, k, v, pattern=pattern, q_offset=333)
     expected = softmax_attention(q, k, v, pattern=pattern, q_offset=333)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+#: Bands, and beside them: first positions, a prefix, blocks, rules, documents; few or many rows.
+BESIDE = [
+    Window(20, 20) | Global(4),
+    Window(256, 0) | Global(100),
+    Causal() & (Window(30, 0) | Global(4)),
+    Causal() & (Window(30, 0) | Strided(30)),
+    Window(64, 0) & Strided(4),
+    Window(5, 5) | Random(3, 0, size=64) | Global(2),
+    Window(30, 30) | Prefix(50),
+    Causal() & Fixed(64, 4),
+    Causal() & Fixed(128, 1),
+    Window(30, 3) | Where(lambda p, j: (p * j) % 97 == 0),
+    Window(3, 3) | ~Window(500, 500),
+    Dilated(5, 10, 10) | Blocks(np.eye(4, dtype=bool), 100),
+    Window(10, 10) & ~Window(0, 0),
+]
+
+
+@pytest.mark.parametrize("pattern", BESIDE, ids=str)
+@pytest.mark.parametrize(
+    ("nq", "nk", "offset", "heads"),
+    [(1000, 1000, 0, 1), (700, 1000, 300, 3), (600, 800, -30, 1), (900, 700, 50, 2)],
+)
+def test_a_band_and_what_is_seen_beside_it(
+    pattern: Pattern, nq: int, nk: int, offset: int, heads: int
+) -> None:
+    q, k, v = standard_normal(nq, nk)
+    q = np.concatenate([q * 30, q, q * 0][:heads])  # scores in the hundreds too
+    got = attention(q, k, v, pattern=pattern, q_offset=offset, return_lse=True)
+    table = pattern.table(nq, nk, q_offset=offset)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    expected = attention(*wide, mask=table, engine="tiles", return_lse=True)
+    close(got[0], expected[0], within=output_error(*wide, dtype="float32"))
+    within = score_error(*wide[:2], dtype="float32") + eps("float32") * largest(expected[1])
+    close(got[1], expected[1], within=within)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [3, 70, 400])
+def test_documents_side_by_side(causal: bool, size: int) -> None:
+    q, k, v = standard_normal(1000, heads=2)
+    ids = np.sort(np.random.default_rng(1).integers(0, 1000 // size, size=1000))
+    got = attention(q, k, v, segment_ids=ids, is_causal=causal)
+    for each in np.unique(ids):
+        own = [x[:, ids == each] for x in (q, k, v)]
+        expected = attention(*own, is_causal=causal)
+        close(got[:, ids == each], expected, within=output_error(*own, dtype="float32"))
+
+
+def test_documents_side_by_side_look_only_at_their_own_keys() -> None:
+    ids = np.repeat(np.arange(8), 500)
+    strips = jobs._cut(Segments(ids, ids), 1, 4000, 4000, 0, None, True).strips
+    assert sum(strip.cost for strip in strips) == 8 * 500 * 500
+    assert not any(run.hide for strip in strips for run in strip.runs)
+
+
+@pytest.mark.parametrize("width", [16, 256])
+def test_global_positions_beside_a_window_cost_what_they_see(width: int) -> None:
+    n = 8192
+    bare, more = (
+        sum(strip.cost for strip in jobs._cut(pattern, 1, n, n, 0, None, True).strips)
+        for pattern in (Window(width, width), Window(width, width) | Global(4))
+    )
+    assert more - bare <= 2 * 4 * n
+
+
+def test_what_hidden_keys_hold_beside_a_band_changes_no_bit() -> None:
+    pattern = Causal() & (Window(40, 0) | Global(4) | Random(2, 0, size=64))
+    q, k, v = standard_normal(1500)
+    clean = attention(q, k, v, pattern=pattern)
+    for what in (np.nan, np.inf, 1e38):
+        dirty_k, dirty_v = k.copy(), v.copy()
+        dirty_k[:, 1300:], dirty_v[:, 1310:] = what, what
+        dirty = attention(q, dirty_k, dirty_v, pattern=pattern)
+        np.testing.assert_array_equal(dirty[:, :1300], clean[:, :1300])
+    k[:, 2] = np.nan  # seen by all from its own position on
+    assert (
+        np.isnan(attention(q, k, v, pattern=pattern)).all(-1)[0].tolist()
+        == [False] * 2 + [True] * 1498
+    )
 
 
 @pytest.mark.parametrize("widths", [(4, 0), (0, 4)])
@@ -142,3 +266,20 @@ def test_strict_floating_point_errors_of_the_caller_are_not_ours() -> None:
         for n in (8, 600):
             q, k, v = standard_normal(n)
             attention(q * 100, k, v)
+
+
+@pytest.mark.parametrize(
+    ("batch", "k_batch", "hkv", "nk"),
+    [((2, 3), (1, 3), 2, 1500), ((20,), (20,), 2, 1100), ((2,), (), 3, 9000), ((), (), 1, 2100)],
+)
+def test_few_queries_of_every_item_head_and_part(
+    batch: tuple[int, ...], k_batch: tuple[int, ...], hkv: int, nk: int
+) -> None:
+    rng = np.random.default_rng(3)
+    q = rng.normal(size=(*batch, 2 * hkv, 2, 4))
+    k, v = rng.normal(size=(2, *k_batch, hkv, nk, 4))
+    options = {"sinks": rng.normal(size=2 * hkv), "window": (None, 1), "return_lse": True}
+    got = attention(q, k, v, **options)
+    within = output_error(q, k, v, dtype="float64", sinks=options["sinks"])
+    for x, expected in zip(got, softmax_attention(q, k, v, **options), strict=True):
+        close(x, expected, within=2 * within + C * eps("float64") * np.log(nk))

@@ -13,6 +13,7 @@ from laws import for_all
 from softmax import as_held
 from strategies import Case
 from sums import (
+    ALL_MAPS,
     MAPS,
     NON_NEGATIVE,
     check_linear,
@@ -196,6 +197,134 @@ def test_hidden_keys_and_values_reach_nobody(
     )
 
 
+@eager
+@pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in MAPS])
+def test_no_map_looks_at_the_future(lane: Lane, name: str) -> None:
+    test_the_future_cannot_change_the_past(lane, name, 3.0, "float32")
+
+
+@pytest.mark.lanes("numpy")  # where blocks of chunks are done at once
+@pytest.mark.parametrize("name", ["elu_plus_one", "softmax", "exp", "binning"])
+@pytest.mark.parametrize("factor", [3.0, 1e30, np.inf, -np.inf, np.nan])
+def test_blocks_before_a_change_keep_their_bits(lane: Lane, name: str, factor: float) -> None:
+    # Chunks of 2, and 16 chunks in a block: what is done with the last of 80 tokens, and by
+    # which way, is nothing to the blocks before.
+    case = self_attention(name, n=80)
+    options: dict[str, Any] = {"feature_map": make_map(name, 3), "is_causal": True}
+    k = np.where(np.arange(80)[:, None] == 79, factor * np.abs(case.k), case.k)
+    with chunks_of(4):
+        before = linear_attention(*case.arrays, **options)
+        after = linear_attention(case.q, k, case.v, **options)
+    np.testing.assert_array_equal(after[..., :64, :], before[..., :64, :])
+    errors = linear_errors(case, "float64", before)[0]
+    close(after[..., :-1, :], before[..., :-1, :], within=2 * errors[..., :-1, :])
+
+
+@pytest.mark.lanes("numpy")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("large", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["exp", "softmax"])
+def test_blocks_that_do_not_fit_are_taken_up_where_they_begin(
+    lane: Lane, name: str, large: str, is_causal: bool
+) -> None:
+    # Too large for what is multiplied out, and in range with a logarithm beside it.
+    case = self_attention(name, n=80)
+    getattr(case, large)[..., 33, :] *= 2.0**40 if large == "v" else 10.0
+    case.options["is_causal"] = is_causal
+    with chunks_of(4):
+        check_linear(lane, case)
+
+
+def cosformers() -> list[dict[str, Any]]:
+    segments = np.asarray([3] * 4 + [1] * 7)
+    return [
+        {},
+        {"is_causal": True},
+        {"kv_lengths": np.asarray([9, 4])},
+        {"kv_lengths": np.asarray([9, 4]), "is_causal": True},
+        {"kv_lengths": 7, "normalize": False},
+        {"segment_ids": segments, "is_causal": True},
+        {"key_mask": np.arange(11) % 3 > 0},
+    ]
+
+
+@eager
+@pytest.mark.parametrize("options", cosformers(), ids=lambda o: "-".join(o) or "full")
+def test_cosformer_equals_the_reference(lane: Lane, options: dict[str, Any]) -> None:
+    case = self_attention("relu")
+    options = options | {"feature_map": feature_maps.cosformer(40)}
+    expected = reference.linear_attention(*case.arrays, **options)
+    out = lane.call(linear_attention, *case.arrays, dtype="float64", **options)
+    within = linear_errors(Case(*case.arrays, options), "float64", expected)[0]
+    lane.check(out, expected, dtype="float64", within=within)
+
+
+@compiled
+def test_cosformer_equals_the_reference_where_loops_are_compiled(lane: Lane) -> None:
+    test_cosformer_equals_the_reference(lane, cosformers()[3])
+
+
+def test_cosformer_weighs_by_its_kernel() -> None:
+    case = self_attention("relu")
+    q, (k, v) = case.q[..., 4:, :], (np.repeat(x, 2, axis=-3) for x in (case.k, case.v))
+    phi = feature_maps.cosformer(40)
+    w = phi.kernel(q, k)
+    visible = np.arange(11) <= np.arange(4, 11)[:, None]
+    w = np.where(visible, w, 0.0)
+    total = w.sum(-1, keepdims=True)
+    expected = np.where(total == 0, 0.0, (w @ v) / np.where(total == 0, 1.0, total))
+    out = linear_attention(q, k, v, feature_map=phi, is_causal=True)
+    within = linear_errors(
+        Case(q, k, v, {"feature_map": phi, "is_causal": True}), "float64", expected
+    )[0]
+    close(out, expected, within=within)
+
+
+def test_cosformer_goes_on_from_where_it_is_told() -> None:
+    q, k, v = self_attention("relu").arrays
+    make = feature_maps.cosformer
+    whole = linear_attention(q, k, v, feature_map=make(40), is_causal=True)
+    _, state = linear_attention(
+        *(x[..., :6, :] for x in (q, k, v)),
+        feature_map=make(40), is_causal=True, return_state=True,
+    )  # fmt: skip
+    rest = linear_attention(
+        *(x[..., 6:, :] for x in (q, k, v)),
+        feature_map=make(40, start=6), is_causal=True, initial_state=state,
+    )  # fmt: skip
+    case = Case(q, k, v, {"feature_map": make(40), "is_causal": True})
+    within = 2 * linear_errors(case, "float64", whole)[0]
+    close(rest, whole[..., 6:, :], within=within[..., 6:, :])
+    half = linear_attention(*(x.astype(np.float16) for x in (q, k, v)), feature_map=make(40))
+    assert half.dtype == np.float16
+
+
+@pytest.mark.lanes("torch", "jax", "strict")
+def test_trained_weights_may_be_of_the_arrays_library(lane: Lane) -> None:
+    q, k, v = self_attention("relu").arrays
+    w = np.random.default_rng(0).normal(size=(3, 4))
+    expected = linear_attention(q, k, v, feature_map=feature_maps.hedgehog(w), is_causal=True)
+    phi = feature_maps.hedgehog(lane.asarray(w, "float64"))
+    out = lane.call(linear_attention, q, k, v, dtype="float64", feature_map=phi, is_causal=True)
+    case = Case(q, k, v, {"feature_map": feature_maps.hedgehog(w), "is_causal": True})
+    within = 2 * linear_errors(case, "float64", expected)[0]
+    lane.check(out, expected, dtype="float64", within=within)
+    with pytest.raises(TypeError, match="expected the weights of hedgehog as NumPy arrays"):
+        linear_attention(q, k, v, feature_map=phi)
+
+
+def test_gradients_reach_trained_weights() -> None:
+    import torch
+
+    q, k, v = (torch.from_numpy(x) for x in self_attention("relu").arrays)
+    w = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4))).requires_grad_()
+
+    def loss(w: Any) -> Any:
+        return linear_attention(q, k, v, feature_map=feature_maps.hedgehog(w)).square().sum()
+
+    assert torch.autograd.gradcheck(loss, (w,))
+
+
 @compiled
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_laws_hold_where_loops_are_compiled(lane: Lane, is_causal: bool) -> None:
@@ -350,7 +479,7 @@ def test_working_memory_does_not_grow_with_the_length(is_causal: bool) -> None:
 
     # How many workers find a job depends on the machine's mood; the memory is that of each.
     with set_num_threads(1):
-        beyond_outputs(64)  # what a first call loads stays, and does not count
+        beyond_outputs(2048)  # what a first call loads and keeps does not count
         assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)
 
 
@@ -375,10 +504,23 @@ def test_a_function_may_change_between_calls() -> None:
         ({"feature_map": 3}, TypeError, "feature_map: expected one of"),
         ({"feature_map": feature_maps.softmax}, TypeError, "call it: softmax"),
         ({"feature_map": feature_maps.gaussian}, TypeError, "call it: gaussian"),
+        ({"feature_map": feature_maps.cosformer}, TypeError, "call it: cosformer"),
+        ({"feature_map": feature_maps.hedgehog}, TypeError, "call it: hedgehog"),
+        ({"feature_map": feature_maps.nystrom}, TypeError, "call it: nystrom"),
+        (
+            {"feature_map": feature_maps.nystrom(feature_maps.taylor2, np.ones((2, 5)))},
+            ValueError,
+            "expected landmarks of width D = 3, got 5",
+        ),
         (
             {"feature_map": feature_maps.softmax(dim=5, num_features=4, rng=0)},
             ValueError,
             "expected dim=3",
+        ),
+        (
+            {"feature_map": feature_maps.hedgehog(np.ones((5, 2)))},
+            ValueError,
+            r"expected weights of shape \(3, m\)",
         ),
         ({"feature_map": lambda x: x[..., 0]}, ValueError, "to map"),
         ({"initial_state": np.zeros((3, 2))}, TypeError, "initial_state: expected a LinearState"),

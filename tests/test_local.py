@@ -36,6 +36,19 @@ def test_windows_over_many_tiles(lane: Lane, window: tuple[int | None, int]) -> 
     agrees(lane, local_attention, reference.local_attention, Case(q, k, v, {"window": window}))
 
 
+@pytest.mark.parametrize("window", [(20, 7), (None, 3)])
+def test_many_tiles_of_grouped_heads_some_of_whose_keys_are_far(
+    lane: Lane, window: tuple[int | None, int]
+) -> None:
+    rng = np.random.default_rng(8)
+    q, (k, v) = rng.normal(size=(2, 4, 260, 4)), rng.normal(size=(2, 2, 2, 263, 4))
+    k[0, 1, ::50] *= 1e3
+    segments = np.arange(260) // 90, np.arange(263) // 90
+    for more in ({}, {"q_offset": -100, "segment_ids": segments}):
+        case = Case(q, k, v, {"window": window, **more})
+        agrees(lane, local_attention, reference.local_attention, case)
+
+
 @for_all(case=cases())
 def test_a_window_of_all_keys_is_dense(lane: Lane, case: Case) -> None:
     case.options.pop("window", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from strategies import over_batch, sights_of
 
 from arrattn import attention, patterns
 from arrattn._core.plan import EMPTY, FULL, choose_tile, make_plan
+from arrattn._core.tiles import TilePairs
+from arrattn.patterns import Rectangles
 
 
 @st.composite
@@ -81,6 +84,10 @@ def test_a_plan_covers_its_pattern(view: Any, rows: int, cols: int) -> None:
         (patterns.Segments(*(2 * [np.arange(4096) // 512])), 0.14),
         (patterns.Blocks(np.eye(16, dtype=bool), 256), 0.07),
         (~patterns.Window(None, 4000), 0.02),
+        (patterns.Dilated(4, 16, 0), 0.04),
+        (patterns.Random(2, 0, size=64), 0.04),
+        (patterns.Causal() & patterns.Fixed(2048, 64), 0.41),
+        (patterns.Window(64, 0) | patterns.Random(3, 0, size=64), 0.08),
     ],
     ids=str,
 )
@@ -105,6 +112,8 @@ def test_patterns_print_as_they_are_written() -> None:
         "Causal() & (Window(4, 0) | Global(4))",
         "~Strided(3)",
         "~(Causal() & Prefix(2))",
+        "Dilated(2, 3, None) | Fixed(8, 2)",
+        "Random(3, 7) & ~Random(3, 7, size=4, keys=20)",
     ):
         names = {name: getattr(p, name) for name in p.__all__}
         assert repr(eval(text, names)) == text
@@ -138,6 +147,24 @@ def test_printing_names_no_values_of_large_arrays(view: Any) -> None:
             "q_ids: expected an array of integers",
         ),
         (lambda: patterns.Where(3), TypeError, "fn: expected a callable"),
+        (
+            lambda: patterns.Dilated(0, 1, 1),
+            ValueError,
+            "Dilated: step: expected at least 1",
+        ),
+        (lambda: patterns.Dilated(2, -1, 1), ValueError, "Dilated: left: expected at least 0"),
+        (
+            lambda: patterns.Dilated(2, 1, 0.5),
+            TypeError,
+            "right: expected an int, got 0.5",
+        ),
+        (lambda: patterns.Fixed(0), ValueError, "Fixed: size: expected at least 1, got 0"),
+        (lambda: patterns.Fixed(4, 5), ValueError, "Fixed: n: expected at most size (4), got 5"),
+        (lambda: patterns.Random(-1, 0), ValueError, "Random: n: expected at least 0, got -1"),
+        (lambda: patterns.Random(1, -1), ValueError, "Random: rng: expected at least 0, got -1"),
+        (lambda: patterns.Random(1, "x"), TypeError, "rng: expected an int or a numpy.random"),
+        (lambda: patterns.Random(1, 0, size=0), ValueError, "Random: size: expected at least 1"),
+        (lambda: patterns.Random(1, 0, keys=-2), ValueError, "Random: keys: expected at least 0"),
     ],
 )
 def test_patterns_refuse_what_makes_no_sense(make: Any, kind: type[Exception], says: str) -> None:
@@ -177,3 +204,134 @@ def test_named_examples() -> None:
         [True, False],
         [True, True],
     ]
+
+
+# -- Random keys ------------------------------------------------------------------------------
+
+
+@given(n=st.integers(0, 9), seed=st.integers(0, 99), size=st.integers(1, 5), nk=st.integers(0, 40))
+def test_each_query_draws_so_many_blocks_of_keys(n: int, seed: int, size: int, nk: int) -> None:
+    whole = -(-nk // size) * size  # so that the last block is as long as the others
+    seen = patterns.Random(n, seed, size=size).table(30, whole, q_offset=0)
+    np.testing.assert_array_equal(seen.sum(-1), min(n * size, whole))
+    for i, j in np.argwhere(seen):
+        block = seen[i // size * size : (i // size + 1) * size, j // size * size :][:, :size]
+        assert block.all()
+
+
+def test_draws_are_even_and_those_of_different_queries_are_independent() -> None:
+    rows, nk = 20_000, 64
+    for n, seed in ((1, 0), (4, 0), (4, 1)):
+        seen = patterns.Random(n, seed).table(rows, nk, q_offset=0).astype(float)
+        share = n / nk
+        deviation = np.sqrt(rows * share * (1 - share))
+        # The most extreme of 64 counts lies beyond 5 deviations once in some ten thousand.
+        assert np.abs(seen.sum(0) - rows * share).max() < 5 * deviation
+        together = (seen[1:] * seen[:-1]).sum()
+        expected = (rows - 1) * n * share
+        assert abs(together - expected) < 6 * np.sqrt(expected)
+
+
+def test_another_seed_draws_other_keys_and_a_generator_is_drawn_from() -> None:
+    tables = [patterns.Random(3, rng).table(50, 50) for rng in (0, 1, np.random.default_rng(0))]
+    assert not (tables[0] == tables[1]).all()
+    assert not (tables[0] == tables[2]).all()
+    again = patterns.Random(3, np.random.default_rng(0))
+    np.testing.assert_array_equal(again.table(50, 50), tables[2])
+    assert eval(repr(again), {"Random": patterns.Random}) == again
+
+
+def test_with_keys_given_a_draw_does_not_change_with_the_length() -> None:
+    pattern = patterns.Random(3, 0, keys=64)
+    long = pattern.table(64, 64)
+    np.testing.assert_array_equal(pattern.table(1, 40, q_offset=39)[0], long[39, :40])
+    assert patterns.Random(3, 0).bound(64) == pattern
+    assert not pattern.table(8, 100)[:, 64:].any()
+
+
+def test_without_keys_an_attention_draws_from_its_own() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 50, 4)) for _ in range(3))
+    pattern = patterns.Window(1, 1) | ~patterns.Random(40, 3)
+    expected = attention(q, k, v, mask=pattern.table(50, 50))
+    np.testing.assert_allclose(attention(q, k, v, pattern=pattern), expected, atol=1e-13)
+
+
+def test_pairs_alone_do_not_say_how_many_keys_there_are() -> None:
+    pairs = TilePairs(0, 2, 0, 2, 0, xp=np, device=None)
+    with pytest.raises(ValueError, match="give keys="):
+        patterns.Random(3, 0).visible(pairs)
+
+
+# -- Patterns as values -----------------------------------------------------------------------
+
+
+@given(view=views())
+def test_patterns_are_values(view: Any) -> None:
+    sight, nq, nk, _, offset = view
+    pattern = sight.build(lambda x: x)
+    if "Where" not in repr(pattern):
+        twin = pickle.loads(pickle.dumps(pattern))
+        assert repr(twin) == repr(pattern)
+        one, other = (x.table(nq, nk, q_offset=offset) for x in (pattern, twin))
+        np.testing.assert_array_equal(one, other)
+        if pattern.uniform:
+            assert twin == pattern
+            assert hash(twin) == hash(pattern)
+    arrays: list[Any] = []
+    bare = patterns.detach(pattern, arrays)
+    hash(bare)
+    assert (len(arrays) == 0) == (pattern.uniform or ("Where" in repr(pattern) and not arrays))
+    again = patterns.attach(bare, tuple(arrays))
+    assert repr(again) == repr(pattern)
+
+
+def test_patterns_do_not_change() -> None:
+    pattern = patterns.Window(1, 2)
+    with pytest.raises(AttributeError, match="Window cannot be changed"):
+        pattern.left = 3  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        del pattern.left
+    assert pattern == patterns.Window(1, 2) != patterns.Window(1, 3)
+    assert patterns.Strided(2) != patterns.Dilated(2, None, None)
+    assert {patterns.Causal(), patterns.Causal()} == {patterns.Causal()}
+
+
+def test_patterns_are_known_by_their_public_names() -> None:
+    for name in patterns.__all__:
+        assert getattr(patterns, name).__module__ == "arrattn.patterns"
+
+
+@given(view=views(), corner=st.tuples(*[st.integers(0, 19)] * 4))
+def test_what_a_pattern_comes_down_to_is_the_same_there(view: Any, corner: Any) -> None:
+    sight, nq, nk, batch, offset = view
+    i0, i1 = sorted(min(x, nq) for x in corner[:2])
+    j0, j1 = sorted(min(x, nk) for x in corner[2:])
+    if batch or not isinstance(offset, int) or i0 == i1 or j0 == j1:
+        return
+    pattern = sight.build(lambda x: x)
+    place = Rectangles(*(np.array([[x]]) for x in (i0, i1, i0 + offset, i1 + offset, j0, j1)))
+    seen = patterns.within(pattern, place)
+    expected = pattern.table(nq, nk, q_offset=offset)[i0:i1, j0:j1]
+    if isinstance(seen, bool):
+        assert (expected == seen).all()
+    else:
+        got = seen.table(nq, nk, q_offset=offset)[i0:i1, j0:j1]
+        np.testing.assert_array_equal(got, expected)
+
+
+@given(view=views())
+def test_nothing_is_seen_beside_the_band_but_by_the_rest(view: Any) -> None:
+    sight, nq, nk, _, offset = view
+    pattern = sight.build(lambda x: x)
+    band, rest = patterns.apart(pattern)
+    table = pattern.table(nq, nk, q_offset=offset)
+    start = np.asarray(offset)[..., None, None, None]
+    away = np.arange(nk) - np.arange(nq)[:, None] - start
+    lo, hi = band or (1, 0)
+    beside = table & ~((away >= lo) & (away < hi))
+    if rest is None:
+        assert not beside.any()
+    else:
+        assert not (beside & ~rest.table(nq, nk, q_offset=offset)).any()
+        assert not (rest.table(nq, nk, q_offset=offset) & ~table).any()

@@ -23,39 +23,59 @@ SIGNATURES = {
         f"{SCORES})"
     ),
     "linear_attention": (
-        "(q, k, v, /, *, feature_map=elu_plus_one, is_causal=False, key_mask=None, "
-        "kv_lengths=None, segment_ids=None, normalize=True, scale=1.0, initial_state=None, "
-        "return_state=False)"
+        "(q, k, v, /, *, feature_map=elu_plus_one, log_decay=None, is_causal=False, "
+        "key_mask=None, kv_lengths=None, segment_ids=None, normalize=True, scale=1.0, "
+        "initial_state=None, return_state=False)"
+    ),
+    "delta_attention": (
+        "(q, k, v, /, *, beta, log_decay=None, key_mask=None, kv_lengths=None, "
+        "segment_ids=None, scale=1.0, initial_state=None, return_state=False)"
     ),
     "merge": "(parts, /)",
     "explain": "(function, /, *args, **kwargs)",
 }
 
 EXPORTS = {
+    "adapters": ["onnx_linear_attention"],
     "patterns": [
-        "Blocks", "Causal", "Global", "Pattern", "Prefix", "Segments", "Strided", "Where", "Window",
+        "Blocks", "Causal", "Dilated", "Fixed", "Global", "Pattern", "Prefix", "Random", "Segments",
+        "Strided", "Where", "Window",
     ],
     "feature_maps": [
-        "FeatureMap", "Features", "elu_plus_one", "gaussian", "laplacian", "relu", "softmax",
+        "FeatureMap", "Features", "cosformer", "elu_plus_one", "exp", "gaussian", "hedgehog",
+        "identity", "laplacian", "nystrom", "relu", "softmax", "softmax_features", "squared",
+        "taylor2",
     ],
     "reference": [
-        "linear_attention", "linear_steps", "local_attention", "merge", "softmax_attention",
-        "sparse_attention",
+        "delta_attention", "delta_steps", "linear_attention", "linear_steps", "local_attention",
+        "merge", "softmax_attention", "sparse_attention",
     ],
+    "delta": ["delta_attention"],
     "dense": ["attention"],
     "explain": ["Explanation", "explain"],
     "local": ["local_attention"],
     "sparse": ["sparse_attention"],
     "linear": ["linear_attention"],
     "merge": ["merge"],
+    "testing": [
+        "CAPABILITIES", "CHOICES", "LAWS", "Counterexample", "Law", "Report", "Result", "check",
+        "pytest_laws",
+    ],
+    "testing.strategies": [
+        "KINDS", "VISIBILITY", "arrays", "biases", "cases", "masks", "patterns", "segments",
+        "shapes", "states", "windows",
+    ],
 }  # fmt: skip
 
 
 def test_the_package_exports_this_and_nothing_else() -> None:
     assert arrattn.__all__ == [
+        "DeltaState",
         "LinearState",
         "__version__",
+        "adapters",
         "attention",
+        "delta_attention",
         "explain",
         "feature_maps",
         "get_num_threads",
@@ -75,7 +95,8 @@ def test_the_package_exports_this_and_nothing_else() -> None:
 def test_modules_export_this_and_nothing_else(module: str) -> None:
     found = importlib.import_module(f"arrattn.{module}")
     assert sorted(found.__all__) == sorted(EXPORTS[module])
-    assert list(found.__all__) == sorted(found.__all__)
+    order = sorted(found.__all__, key=lambda x: (not x.isupper(), not x[0].isupper(), x))
+    assert list(found.__all__) == order  # constants, classes, functions
     for name in found.__all__:
         assert hasattr(found, name)
 
@@ -96,7 +117,7 @@ def test_signatures(name: str) -> None:
 def test_the_reference_takes_the_same_arguments() -> None:
     from arrattn import reference
 
-    for name in ("local_attention", "sparse_attention", "linear_attention"):
+    for name in ("local_attention", "sparse_attention", "linear_attention", "delta_attention"):
         theirs = inspect.signature(getattr(reference, name)).parameters
         ours = inspect.signature(getattr(arrattn, name)).parameters
         if any(p.kind is p.VAR_KEYWORD for p in theirs.values()):

@@ -79,6 +79,18 @@ def test_many_blocks(
     agrees(lane, sparse_attention, reference.sparse_attention, case)
 
 
+@pytest.mark.parametrize("window", [(None, 0), (1, None)], ids=str)
+def test_the_mean_of_a_block_leaves_out_what_nobody_sees(
+    lane: Lane, window: tuple[int | None, int | None]
+) -> None:
+    # Queries at 5..8 of 16 keys: blocks are cut by what any of them sees.
+    rng = np.random.default_rng(11)
+    q, (k, v) = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 2, 16, 3))
+    k[..., [2, 3, 9, 10, 15], :] *= 50  # would turn the route, were they in a mean
+    options = {"window": window, "q_offset": 5, "block_size": 3, "top_k": 2, "route": 1}
+    agrees(lane, sparse_attention, reference.sparse_attention, Case(q, k, v, options))
+
+
 # -- Limits -----------------------------------------------------------------------------------
 
 

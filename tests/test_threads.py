@@ -16,6 +16,7 @@ import threadpoolctl
 
 from arrattn import (
     attention,
+    delta_attention,
     get_num_threads,
     linear_attention,
     local_attention,
@@ -29,6 +30,8 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "local": lambda *a, **o: local_attention(*a, window=(50, 10), **o),
     "sparse": sparse_attention,
     "linear": linear_attention,
+    "decayed": lambda *a, **o: linear_attention(*a, log_decay=np.full((4, 1, 1), -0.1), **o),
+    "delta": lambda *a, is_causal: delta_attention(*a, beta=np.full((4, 700), 0.01)),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -4,9 +4,10 @@ The online softmax in as few passes over the scores as NumPy can do it in.
 Scores are kept in units of ``log 2``, so that `exp2` does, and hidden pairs are multiplied by
 0 after it. Where ``|q| |k|`` (Cauchy-Schwarz) bounds all scores of a strip, nothing has to
 be subtracted before it; else a row's maximum so far is, which is brought up to date only when
-that row's sum shows that it has fallen behind. Neither choice depends on what a hidden key
-or value holds: the first is made by keys that every row sees, the second row by row, and
-keys that are out of bounds are left, one by one, to `fold`.
+a score has grown far beyond it. Sums of weights tell whether one may have; once they have
+told so in a strip, its scores are looked at before they are exponentiated. Neither choice
+depends on what a hidden key or value holds: the first is made by keys that every row sees, the
+second row by row, and keys that are out of bounds are left, one by one, to `fold`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ ROOM = 40.0
 #: Exponents are cut here: 2 ** LOW is nothing beside a row's largest weight, 2 ** -ROOM.
 LOW, HIGH = -120.0, 100.0
 
-#: A row's sum may grow to this before its maximum is brought up to date.
-ENOUGH = 2.0**76
+#: How far a score may lie above what is subtracted from its row before that is brought up to
+#: date, and a sum of weights that no such score is part of.
+GROWN = 68.0
+CLEAR = 2.0**67
 
 LOG2E = math.log2(math.e)
 
@@ -56,11 +59,14 @@ class Look(NamedTuple):
     weights : array
         1 where a pair of the rows `partly` is visible, else 0; broadcastable to
         (count, G, rows, m).
+    common : index
+        Keys that every row sees, or some of those.
     """
 
     rows: tuple[int, int]
     partly: tuple[int, int]
     weights: Array
+    common: Array | slice
 
 
 def reach(k: Array, v: Array, acc: DType) -> Array:
@@ -102,6 +108,7 @@ class Rows:
         self.o = loops.work_space("sums", (*self.shape, dv), acc)
         self.l = loops.work_space("totals", (*self.shape, 1), acc)
         self.m: Array | None = None
+        self.growing = False
         self.began = False
         self.norm = math.sqrt(np.vecdot(self.q, self.q).max(initial=0.0))
         self.limit = self._within(CALM)
@@ -157,29 +164,36 @@ class Rows:
         s = self._product(k, rows)
         if self.m is None:
             return _hidden(np.exp2(s, out=s), look, far), None
-        m, minus = (x[:, :, rows[0] : rows[1]] for x in (self.m, self.q[..., -1:]))
-        keep = np.isfinite(m)
-        if keep.any():
+        m = self.m[:, :, rows[0] : rows[1]]
+        if self.began and not self.growing:
             p = _exp2(s, look, far)
             sums = loops.row_sums(p, xp=np)
-            keep &= sums <= ENOUGH
-            if keep.all():
+            # Weights are never negative, so a sum is no less than any of them.
+            if (sums <= CLEAR).all() and np.isfinite(m).all():
                 return p, sums
+            self.growing = True
             s = self._product(k, rows)
-        seen = s
-        if look is not None:
-            seen = np.where(_hidden(np.ones_like(s), look, far) != 0, s, -math.inf)
-        # Rows that are kept go through the same operations as above, to the same bits.
-        top = np.where(keep, m, np.maximum(m, seen.max(axis=-1, keepdims=True) - minus + ROOM))
-        shift = np.where(top == -math.inf, 0, top)
-        if self.began:
-            decay = np.exp2(m - shift)
-            for x in (self.o, self.l):
-                part = x[:, :, rows[0] : rows[1]]
-                np.multiply(part, decay, out=part)
-        np.subtract(s, minus + shift, out=s)
-        m[...], minus[...] = top, -shift
+        top = _top(s, look, far)
+        grown = np.flatnonzero((top > GROWN) | (m == -math.inf))
+        if grown.size:
+            at = np.unravel_index(grown, m.shape[:-1])
+            self._grow(self.m, s, top, at, (*at[:2], at[2] + rows[0]))
         return _exp2(s, look, far), None
+
+    def _grow(
+        self, m: Array, s: Array, top: Array, at: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> None:
+        """Bring maxima up to date, and scores with them, of rows `at` in these, `whole` in all."""
+        minus = self.q[..., -1:][whole]
+        old = m[whole]
+        new = np.maximum(old, top[at] - minus + ROOM)
+        shift = np.where(new == -math.inf, 0, new)
+        if self.began:
+            decay = np.exp2(old - shift)
+            self.o[whole] *= decay
+            self.l[whole] *= decay
+        s[at] -= minus + shift
+        m[whole], self.q[(*whole, -1)] = new, -shift[:, 0]
 
     def _add(self, p: Array, sums: Array | None, v: Array, rows: tuple[int, int]) -> None:
         t, g, n = self.shape
@@ -228,10 +242,21 @@ class Rows:
         return State(*(x[:, None].copy() for x in (m, self.l, self.o)))
 
 
+def _top(s: Array, look: Look | None, far: Array | None) -> Array:
+    """Each row's largest score that is neither hidden nor `far`; -inf where there is none."""
+    if far is not None:
+        s = np.where(far[:, None, None, :], -math.inf, s)
+    top = s.max(axis=-1, keepdims=True)
+    if look is not None:
+        first, (h0, h1) = look.rows[0], look.partly
+        part = slice(h0 - first, h1 - first)
+        seen = np.where(look.weights != 0, s[:, :, part], -math.inf)
+        top[:, :, part] = seen.max(axis=-1, keepdims=True)
+    return top
+
+
 def _exp2(s: Array, look: Look | None, far: Array | None) -> Array:
     """``exp2(s)``, in place, 0 where hidden or `far`; cut where the exponent is extreme."""
-    if look is None:
-        return np.exp2(np.maximum(s, LOW, out=s), out=s)
     return _hidden(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), look, far)
 
 
@@ -244,52 +269,3 @@ def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:
     if far is not None:
         np.multiply(p, ~far[:, None, None, :], out=p)
     return p
-
-
-#: Keys of one product, and scores side by side in a reduction, in `few`.
-CACHED, WIDE = 1024, 64
-
-
-def few(q: Array, k: Array, v: Array, scale: float) -> State:
-    """
-    The state of a few queries that see all of these keys, each of which is read once.
-
-    Parameters
-    ----------
-    q : array, shape (R, D)
-        Queries, in the accumulation dtype.
-    k, v : array, shapes (m, D) and (m, Dv)
-        Keys and values, in the accumulation dtype.
-    scale : float
-        The factor of the scores.
-
-    Returns
-    -------
-    State
-        Of shapes (R, 1), (R, 1) and (R, Dv).
-    """
-    r, m = len(q), len(k)
-    even = m - m % CACHED
-    q = q * np.asarray(scale * LOG2E, q.dtype)
-    s = loops.work_space("scores", (m, r), q.dtype)
-    # BLAS is fastest from keys that its caches hold.
-    if even:
-        parts = k[:even].reshape(even // CACHED, CACHED, k.shape[1])
-        np.matmul(parts, q.T, out=s[:even].reshape(-1, CACHED, r))
-    np.matmul(k[even:], q.T, out=s[even:])
-    # A row of s is short, so many are taken as one.
-    many = max(1, WIDE // r)
-    wide = s[: m - m % many].reshape(-1, many * r)
-    rest = s[m - m % many :]
-    tops = [x.reshape(-1, r) for x in (wide.max(axis=0, initial=-math.inf), rest)]
-    top = np.concatenate(tops).max(axis=0)
-    shift = np.where(top == -math.inf, 0, top)
-    np.subtract(wide, np.tile(shift, many), out=wide)
-    np.subtract(rest, shift, out=rest)
-    np.exp2(np.maximum(s, LOW, out=s), out=s)
-    total = np.matmul(s.T, loops.ones_column(m, s.dtype))
-    o = np.matmul(s[even:].T, v[even:])
-    if even:
-        p = s[:even].reshape(-1, CACHED, r).swapaxes(-1, -2)
-        o += np.matmul(p, v[:even].reshape(even // CACHED, CACHED, v.shape[1])).sum(axis=0)
-    return State((top * np.asarray(1 / LOG2E, s.dtype))[:, None], total, o)

@@ -20,8 +20,8 @@ import numpy as np
 from arrattn import patterns
 from arrattn._core import loops
 from arrattn._core.typing import Array, Device, DType, Namespace
-from arrattn._state import LinearState
-from arrattn.feature_maps import read_map
+from arrattn._state import DeltaState, LinearState
+from arrattn.feature_maps._read import read_map
 from arrattn.patterns import Pattern
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -101,13 +101,45 @@ class LinearInputs(NamedTuple):
     batch: tuple[int, ...]
     acc: DType
     no_head: bool
+    log_decay: Array | None = None  # (..., Hkv | 1, Nk, Dphi | 1)
+    beta: Array | None = None  # (..., Hkv | 1, Nk)
+    split: tuple[int, int] | None = None  # the last batch axes, if heads of `v` share keys
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """The batch axes of the caller."""
+        return self.batch if self.split is None else self.batch[:-2]
 
     def ungroup(self, out: Array) -> Array:
         """``(..., Hkv, G, Nq, Dv)`` in the caller's shape and dtype."""
-        hkv, g, nq, _ = self.q.shape[-4:]
-        heads = () if self.no_head else (hkv * g,)
-        out = self.xp.reshape(out, (*self.batch, *heads, nq, self.v.shape[-1]))
+        g, nq = self.q.shape[-3:-1]
+        out = self.join_heads(out, 3)
+        heads = () if self.no_head else (out.shape[-4] * g,)
+        out = self.xp.reshape(out, (*self.outer, *heads, nq, self.v.shape[-1]))
         return self.xp.astype(out, self.q.dtype, copy=False)
+
+    def join_heads(self, x: Array, trailing: int) -> Array:
+        """``(..., [r, s,] Hkv, ...)`` -> ``(..., Hkv * r * s, ...)``."""
+        if self.split is None:
+            return x
+        tail = x.shape[x.ndim - trailing :]
+        x = self.xp.moveaxis(x, -trailing - 1, -trailing - 3)
+        return self.xp.reshape(x, (*self.outer, self.value_heads, *tail))
+
+    @property
+    def value_heads(self) -> int:
+        """Heads of `v`, and of the state."""
+        return int(self.k.shape[-3] * math.prod(self.split or ()))
+
+    def split_heads(self, x: Array, trailing: int) -> Array:
+        """The inverse of `join_heads`; an axis of 1 stays so."""
+        if self.split is None:
+            return x
+        lead, tail = x.shape[: x.ndim - trailing - 1], x.shape[x.ndim - trailing :]
+        heads = x.shape[x.ndim - trailing - 1]
+        parts = (1, 1, 1) if heads == 1 else (heads // math.prod(self.split), *self.split)
+        x = self.xp.reshape(x, (*lead, *parts, *tail))
+        return self.xp.moveaxis(x, -trailing - 3, -trailing - 1)
 
 
 class Choice(NamedTuple):
@@ -238,9 +270,13 @@ def library_name(xp: Namespace) -> str:
 
 
 def read_qkv(
-    q: Array, k: Array, v: Array, xp: Namespace, reasons: Reasons
+    q: Array, k: Array, v: Array, xp: Namespace, reasons: Reasons, *, shared_keys: bool = False
 ) -> tuple[Array, Array, Array, tuple[int, ...], bool]:
-    """Check dtypes and shapes; group query heads; give the common batch axes."""
+    """
+    Check dtypes and shapes; group query heads; give the common batch axes.
+
+    With `shared_keys`, `v` may have more heads than `k`; q, k and v are then left as they are.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if dtype_name(x.dtype) not in FLOATS:
             reasons.add(
@@ -263,16 +299,25 @@ def read_qkv(
         reasons.add(ValueError, f"k: expected the width D of q ({d}), got {dk}")
     if nk != nv:
         reasons.add(ValueError, f"v: expected the length Nk of k ({nk}), got {nv}")
-    if hk != hv:
-        reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}), got {hv}")
+    shared = shared_keys and 0 < hk < hv and hv % hk == 0
+    if hk != hv and not shared:
+        several = "; a multiple of them would do too" if shared_keys else ""
+        reasons.add(ValueError, f"v: expected the heads Hkv of k ({hk}), got {hv}{several}")
     if hq != hk and (hk == 0 or hq % hk):
         reasons.add(ValueError, f"q: expected heads Hq a multiple of Hkv ({hk}), got {hq}")
+    elif shared and (hq == 0 or (hq % hv and hv % hq)):
+        reasons.add(
+            ValueError,
+            f"q: expected heads Hq a multiple of the heads Hv of v ({hv}), or a divisor, got {hq}",
+        )
     batch: tuple[int, ...] = ()
     try:
         batch = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     except ValueError:
         reasons.add(ValueError, "q, k, v: leading (batch) axes do not broadcast together")
     reasons.check()
+    if shared:
+        return q, k, v, batch, no_head
     g = hq // hk if hk else 1
     q = xp.reshape(q, (*q.shape[:-3], hk, g, *q.shape[-2:]))
     return q, k, v, batch, no_head
@@ -538,6 +583,7 @@ def read_softmax(
         reasons.add(TypeError, f"pattern: expected an arrattn Pattern, got {describe(pattern)}")
     elif pattern is not None:
         reasons.values([f"pattern: {text}" for text in pattern.problems(nq, nk, batch)])
+        pattern = pattern.bound(nk)
     causal = read_flag("is_causal", is_causal, reasons)
     lse_too = read_flag("return_lse", return_lse, reasons)
     engine = read_word("engine", engine, ENGINES, reasons)
@@ -599,10 +645,11 @@ def read_linear(
     scale: float,
     initial_state: LinearState | None,
     return_state: bool,
+    log_decay: Array | None = None,
 ) -> LinearInputs:
-    """Read the arguments of linear attention; the state's shape waits for the features."""
+    """Read the arguments of linear attention; what depends on the features waits for them."""
     reasons = Reasons(function)
-    named: dict[str, Any] = {"q": q, "k": k, "v": v, "key_mask": key_mask}
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "key_mask": key_mask, "log_decay": log_decay}
     named |= {"kv_lengths": kv_lengths} | _segment_arrays(segment_ids)
     if isinstance(initial_state, tuple) and [is_array(x) for x in initial_state] == [True] * 2:
         named |= {f"initial_state.{n}": x for n, x in zip("Sz", initial_state, strict=True)}
@@ -611,7 +658,7 @@ def read_linear(
             TypeError, f"initial_state: expected a LinearState, got {describe(initial_state)}"
         )
     xp, device = read_namespace(named, reasons)
-    q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons)
+    q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons, shared_keys=True)
     nq, nk, hkv = q.shape[-2], k.shape[-2], k.shape[-3]
     lengths = read_lengths(kv_lengths, nk, batch, reasons)
     for name, flag in (
@@ -627,10 +674,13 @@ def read_linear(
         reasons.values(read_map(feature_map).problems(q.shape[-1]))
     except TypeError as error:
         reasons.add(TypeError, str(error))
+    if log_decay is not None:
+        _read_floats("log_decay", log_decay, reasons)
+        _refuse_cut_state(segments, initial_state, return_state, reasons)
     reasons.check()
     if lengths is not None:
         mask = _both_masks(mask, _within(lengths, nk, xp, device))
-    return LinearInputs(
+    x = LinearInputs(
         xp=xp,
         device=device,
         q=q,
@@ -646,6 +696,221 @@ def read_linear(
         acc=accumulation_dtype(q, xp),
         no_head=no_head,
     )
+    return x if k.shape[-3] == v.shape[-3] else _shared_keys(x)
+
+
+def _shared_keys(x: LinearInputs) -> LinearInputs:
+    """
+    More heads of `v` than of `k`: value heads become batch axes, over which keys broadcast.
+
+    Value head `h` is written under key head ``h // (Hv // Hkv)``. The two axes (r, s) are the
+    value heads of a key head, by the query heads that read them.
+    """
+    hq, hk, hv = (a.shape[-3] for a in (x.q, x.k, x.v))
+    r = min(hq, hv) // hk
+    split = (r, hv // (hk * r))
+
+    def beside(a: Any, trailing: int) -> Any:
+        if not is_array(a):
+            return a
+        cut = a.ndim - trailing
+        return x.xp.reshape(a, (*a.shape[:cut], 1, 1, *a.shape[cut:]))
+
+    q = x.xp.reshape(x.q, (*x.q.shape[:-3], hk, r, 1, hq // (hk * r), *x.q.shape[-2:]))
+    x = x._replace(
+        q=x.xp.moveaxis(q, -6, -4),
+        k=beside(x.k, 3),
+        key_mask=beside(x.key_mask, 2),
+        kv_lengths=beside(x.kv_lengths, 0),
+        q_ids=beside(x.q_ids, 1),
+        k_ids=x.k_ids if x.k_ids is x.q_ids else beside(x.k_ids, 1),
+        batch=(*x.batch, *split),
+        split=split,
+    )
+    return x._replace(v=x.split_heads(x.v, 2))
+
+
+def _read_floats(name: str, x: object, reasons: Reasons) -> bool:
+    """Whether `x` is an array of real floats."""
+    if is_array(x) and dtype_name(x.dtype) in FLOATS:  # type: ignore[attr-defined]
+        return True
+    reasons.add(TypeError, f"{name}: expected an array of real floats, got {describe(x)}")
+    return False
+
+
+def _refuse_cut_state(
+    segments: object, initial_state: object, return_state: object, reasons: Reasons
+) -> None:
+    """A state that decays, or corrects itself, belongs to one segment alone."""
+    if segments is None:
+        return
+    for name, given in (
+        ("initial_state", initial_state is not None),
+        ("return_state", return_state),
+    ):
+        if given:
+            reasons.add(
+                ValueError,
+                f"{name}: segment_ids reset the memory at every boundary, which would cut the "
+                "state silently; call each segment by itself",
+            )
+
+
+def read_decay(
+    x: Array, full: tuple[int, ...], reasons: Reasons, *, no_head: bool, growing: bool = False
+) -> Array | None:
+    """
+    `log_decay` as ``(..., Hv | 1, Nk, width | 1)``; `full` is the full shape.
+
+    `growing` allows values above 0.
+    """
+    xp = compat.array_namespace(x)
+    *batch, heads, n, width = full
+    shape = tuple(x.shape)
+    own = (1, *shape) if no_head else shape
+    by_channel = len(own) > 2 and own[-1] in (1, width) and _broadcasts(own, full)
+    by_token = len(own) > 1 and own[-1] == n and _broadcasts(own, (*batch, heads, n))
+    head = "" if no_head else "Hkv, "
+    if by_channel and by_token and own[-1] != 1:
+        reasons.add(
+            ValueError,
+            f"log_decay: {shape} can be read as (..., {head}Nk) and as (..., {head}Nk, Dphi); "
+            "add a last axis of 1 for the former, or broadcast it to all axes for the latter",
+        )
+        return None
+    if not by_channel and not by_token:
+        shown = (*batch, n, width) if no_head else full
+        reasons.add(
+            ValueError,
+            f"log_decay: expected a shape that broadcasts to (..., {head}Nk, Dphi) = {shown}, "
+            f"its last axis 1 or {width}, or (..., {head}Nk) = {shown[:-1]}, got {shape}",
+        )
+        return None
+    if not growing and loops.truth(xp.any(x > 0)):
+        reasons.add(
+            ValueError,
+            f"log_decay: expected logarithms of at most 0, got up to {float(xp.max(x)):.3g}",
+        )
+    own = own if by_channel else (*own, 1)
+    x = xp.reshape(x, (1,) * (len(full) - len(own)) + own)
+    return xp.broadcast_to(x, (*x.shape[:-2], n, x.shape[-1]))
+
+
+def read_beta(x: Array, full: tuple[int, ...], reasons: Reasons, *, no_head: bool) -> Array | None:
+    """`beta` as ``(..., Hv | 1, Nk)``; `full` is the full shape."""
+    own = (1, *x.shape) if no_head else tuple(x.shape)
+    if len(own) < 2 or not _broadcasts(own, full):
+        shown, head = ((*full[:-2], full[-1]), "") if no_head else (full, "Hv, ")
+        reasons.add(
+            ValueError,
+            f"beta: expected a shape that broadcasts to (..., {head}Nk) = {shown}, "
+            f"got {tuple(x.shape)}",
+        )
+        return None
+    xp = compat.array_namespace(x)
+    x = xp.reshape(x, (1,) * (len(full) - len(own)) + own)
+    return xp.broadcast_to(x, (*x.shape[:-1], full[-1]))
+
+
+def read_delta(
+    function: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    beta: Array,
+    log_decay: Array | None,
+    key_mask: Array | None,
+    kv_lengths: int | Array | None,
+    segment_ids: Any,
+    scale: float,
+    initial_state: DeltaState | None,
+    return_state: bool,
+    growing: bool = False,
+) -> LinearInputs:
+    """Read the arguments of delta attention."""
+    reasons = Reasons(function)
+    named: dict[str, Any] = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay}
+    named |= {"key_mask": key_mask, "kv_lengths": kv_lengths} | _segment_arrays(segment_ids)
+    if isinstance(initial_state, tuple) and [is_array(x) for x in initial_state] == [True]:
+        named["initial_state.S"] = initial_state[0]
+    elif initial_state is not None:
+        reasons.add(
+            TypeError, f"initial_state: expected a DeltaState, got {describe(initial_state)}"
+        )
+    xp, device = read_namespace(named, reasons)
+    q, k, v, batch, no_head = read_qkv(q, k, v, xp, reasons, shared_keys=True)
+    (hkv, nk, d), (hv, _, dv) = k.shape[-3:], v.shape[-3:]
+    lengths = read_lengths(kv_lengths, nk, batch, reasons)
+    read_flag("return_state", return_state, reasons)
+    scale = read_number("scale", scale, reasons, positive=False)
+    segments = read_segments(segment_ids, q.shape[-2], nk, batch, reasons)
+    mask = _read_key_mask(key_mask, (*batch, hkv, nk), reasons)
+    _refuse_cut_state(segments, initial_state, return_state, reasons)
+    if _read_floats("beta", beta, reasons):
+        beta = read_beta(beta, (*batch, hv, nk), reasons, no_head=no_head)
+    if log_decay is not None and _read_floats("log_decay", log_decay, reasons):
+        full = (*batch, hv, nk, d)
+        log_decay = read_decay(log_decay, full, reasons, no_head=no_head, growing=growing)
+    acc = accumulation_dtype(q, xp)
+    if initial_state is not None:
+        heads = () if no_head else (hv,)
+        check_state("S", initial_state[0], (*batch, *heads, d, dv), acc, reasons)
+    reasons.check()
+    if lengths is not None:
+        mask = _both_masks(mask, _within(lengths, nk, xp, device))
+    state = None
+    if initial_state is not None:
+        S = lead_with_ones(initial_state[0], len(batch) + 3, no_head=no_head)
+        z = xp.zeros(S.shape[:-1], dtype=S.dtype, device=loops.device_of(S))
+        state = LinearState(S, z)
+    x = LinearInputs(
+        xp=xp,
+        device=device,
+        q=q,
+        k=k,
+        v=v,
+        key_mask=mask,
+        kv_lengths=lengths,
+        q_ids=None if segments is None else segments.q_ids,
+        k_ids=None if segments is None else segments.k_ids,
+        state=state,
+        scale=scale,
+        batch=batch,
+        acc=acc,
+        no_head=no_head,
+        log_decay=log_decay,
+        beta=beta,
+    )
+    return x if hkv == hv else _with_gates(_shared_keys(x))
+
+
+def lead_with_ones(x: Array, ndim: int, *, no_head: bool) -> Array:
+    """Give an array that broadcasts all its axes, and a head axis where there is none."""
+    x = x[None, ...] if no_head else x
+    xp = compat.array_namespace(x)
+    return xp.reshape(x, (1,) * (ndim - x.ndim) + tuple(x.shape))
+
+
+def _with_gates(x: LinearInputs) -> LinearInputs:
+    """Lay out state and gates, which have the heads of `v`, as `v` is."""
+
+    def split(a: Array | None, trailing: int) -> Any:
+        return None if a is None else x.split_heads(a, trailing)
+
+    state = x.state and LinearState(split(x.state.S, 2), split(x.state.z, 1))
+    return x._replace(log_decay=split(x.log_decay, 2), beta=split(x.beta, 1), state=state)
+
+
+def with_decay(
+    x: LinearInputs, log_decay: Array, width: int, function: str, *, growing: bool
+) -> LinearInputs:
+    """Add `log_decay`, now that the number of features is known."""
+    reasons = Reasons(function)
+    full = (*x.outer, x.value_heads, x.k.shape[-2], width)
+    decay = read_decay(log_decay, full, reasons, no_head=x.no_head, growing=growing)
+    reasons.check()
+    return x._replace(log_decay=None if decay is None else x.split_heads(decay, 2))
 
 
 def _read_key_mask(x: object, full: tuple[int, ...], reasons: Reasons) -> Array | None:
@@ -683,24 +948,29 @@ def read_state(
     """Check a state that comes in against the shapes that this call would give out."""
     reasons = Reasons(function)
     for name, x, shape in zip("Sz", state, shapes, strict=True):
-        if x.dtype != acc:
-            reasons.add(
-                TypeError,
-                f"initial_state.{name}: expected the accumulation dtype {dtype_name(acc)}, "
-                f"got {dtype_name(x.dtype)}",
-            )
-        if not _broadcasts(x.shape, shape):
-            reasons.add(
-                ValueError,
-                f"initial_state.{name}: expected shape {shape}, got {tuple(x.shape)}",
-            )
+        check_state(name, x, shape, acc, reasons)
     reasons.check()
+
+
+def check_state(name: str, x: Array, shape: tuple[int, ...], acc: DType, reasons: Reasons) -> None:
+    """Check one array of a state."""
+    if x.dtype != acc:
+        reasons.add(
+            TypeError,
+            f"initial_state.{name}: expected the accumulation dtype {dtype_name(acc)}, "
+            f"got {dtype_name(x.dtype)}",
+        )
+    if not _broadcasts(x.shape, shape):
+        reasons.add(
+            ValueError,
+            f"initial_state.{name}: expected shape {shape}, got {tuple(x.shape)}",
+        )
 
 
 SELECT, PER, SCORE = ("keys", "blocks"), ("query", "block", "group"), ("mean", "bound", "best")
 
 #: Blocks chosen by default.
-BLOCKS = 8
+BLOCKS = 3
 
 
 def read_sparse(

@@ -8,24 +8,37 @@ What that cannot do goes through `fold`, as on every other library.
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from arrattn import patterns
-from arrattn._core import gather, loops, online_softmax
+from arrattn._core import few, gather, loops, online_softmax
+from arrattn._core.few import Few
 from arrattn._core.fold import enter, finish, fold
 from arrattn._core.gather import Look
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.plan import Plan, choose_tile, make_plan
+from arrattn._core.plan import (
+    RUN_OVERHEAD,
+    TILES,
+    Plan,
+    choose_tile,
+    classify,
+    join_runs,
+    make_plan,
+    tile_starts,
+)
 from arrattn._core.tiles import TilePairs, pick_item
 from arrattn._core.typing import Array
-from arrattn.patterns import Pattern, Rectangles
+from arrattn.patterns import NO_EDGES, Pattern, Rectangles
 
 #: Scores held at once by one worker: a MiB of float32, about a second-level cache.
 BUDGET = 1 << 18
@@ -33,30 +46,46 @@ BUDGET = 1 << 18
 #: Pairs of a head, and keys, up to which many heads are done at once.
 SMALL, SMALL_KEYS = 1 << 14, 512
 
-#: Rows up to which reading keys and values costs more than what is done with them, and how
-#: many keys a job then reads.
-FEW, FEW_KEYS = 16, 1 << 14
+#: Keys of a run where rows are so few that reading keys is what takes the time.
+FEW_KEYS = 1 << 14
 
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
+
+#: Keys from which on weights are read along diagonals rather than row by row.
+WIDE = 512
+
+#: Short runs of keys are put together up to so many.
+GATHERED = 256
 
 #: Bands of a local window: rows of their tiles, from the smallest.
 BAND_ROWS = (32, 64, 128, 256)
 
 
 class Run(NamedTuple):
-    """Keys ``[j0, j1)``, and whether any pair with them has to be hidden."""
+    """
+    Keys ``[j0, j1)``, and whether any pair with them has to be hidden.
+
+    `moves` is whether the keys of the next tile of a strip are as many keys further on as it has
+    rows. `sees` is what the call's pattern comes down to here, where it then depends on distance
+    alone; else None. With `parts`, it is those ranges of keys, ``j1 - j0`` in all, which every
+    query of the strip sees.
+    """
 
     j0: int
     j1: int
     hide: bool
+    moves: bool = False
+    sees: Pattern | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 class Strip(NamedTuple):
     """
     What one job does: so many `tiles` of `rows` queries from `i0` on, and their runs of keys.
 
-    The keys of tile ``c`` are those of `runs`, ``c * rows`` further on.
+    Where there is more than one tile, runs that do not move hide nothing, and those that do
+    hide by distance.
     """
 
     i0: int
@@ -65,9 +94,18 @@ class Strip(NamedTuple):
     runs: tuple[Run, ...]
 
     @property
+    def stop(self) -> int:
+        """The query behind the last."""
+        return self.i0 + self.rows * self.tiles
+
+    @property
     def cost(self) -> int:
         """Pairs that are looked at."""
         return self.tiles * self.rows * sum(run.j1 - run.j0 for run in self.runs)
+
+    def keys(self, run: Run) -> tuple[int, int]:
+        """The keys of a run, for all tiles together."""
+        return run.j0, run.j1 + (self.rows * (self.tiles - 1) if run.moves else 0)
 
 
 class Cut(NamedTuple):
@@ -76,6 +114,11 @@ class Cut(NamedTuple):
     strips: tuple[Strip, ...]
     band_rows: int | None
     plan: Plan | None
+
+    @property
+    def cost(self) -> int:
+        """Pairs that are looked at, and what it costs to begin with them."""
+        return sum(strip.cost + RUN_OVERHEAD * len(strip.runs) for strip in self.strips)
 
 
 def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
@@ -88,14 +131,47 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         loops.run_jobs(list(_small_jobs(call, out, lse)), small=small)
         return out, lse
     jobs: list[tuple[int, Any]] = []
-    for b, item, plan in items(call, tile):
+    together: list[Few] = []
+    for b, item, plan in _parts(call, tile):
+        keys = _all_seen(item, plan)
+        if keys is not None:
+            together.append(Few(item, keys, out[b], lse[b]))
+            jobs += together[-1].jobs()
+            continue
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
             jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
     # The largest first: whoever is done early then finds small ones.
     jobs.sort(key=lambda job: -job[0])
     loops.run_jobs([job for _, job in jobs], small=small)
+    for one in together:
+        one.finish()
     return out, lse
+
+
+def _parts(
+    call: SoftmaxInputs, tile: tuple[int, int] | None
+) -> Iterator[tuple[tuple[int, ...], SoftmaxInputs, Cut]]:
+    """What `items` gives, or the whole batch where few queries see the same keys in all of it."""
+    alike = call.pattern is None or call.pattern.relative
+    if alike and isinstance(call.offset, int):
+        plan = cut(call, tile)
+        if _all_seen(call, plan) is not None:
+            yield (), call, plan
+            return
+    yield from items(call, tile)
+
+
+def _all_seen(call: SoftmaxInputs, plan: Cut) -> tuple[int, int] | None:
+    """The range of keys that all queries, being few, see, where they see no others."""
+    plain = call.bias is None and call.softcap is None
+    if not plain or math.prod(call.q.shape[-3:-1]) > few.ROWS or len(plan.strips) != 1:
+        return None
+    runs = plan.strips[0].runs
+    gaps = any(a.j1 != b.j0 for a, b in itertools.pairwise(runs))
+    if not runs or gaps or any(run.hide for run in runs):
+        return None
+    return runs[0].j0, runs[-1].j1
 
 
 def items(
@@ -125,7 +201,7 @@ def _without_padding(item: SoftmaxInputs) -> SoftmaxInputs:
 def is_small(call: SoftmaxInputs) -> bool:
     """Whether heads are so small that many are done at once."""
     (_, g), (nq, nk) = call.heads, call.lengths
-    plain = call.pattern is None or call.pattern.relative
+    plain = call.pattern is None or call.pattern.uniform
     fits = g * nq * nk <= SMALL and nk <= SMALL_KEYS
     return fits and plain and call.bias is None and isinstance(call.offset, int)
 
@@ -239,7 +315,7 @@ def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
 
 
 def _picked(pattern: Pattern | None, choose: Any) -> Pattern | None:
-    return pattern if pattern is None or pattern.relative else patterns.pick(pattern, choose)
+    return pattern if pattern is None or pattern.uniform else patterns.pick(pattern, choose)
 
 
 # -- Which keys each job visits ---------------------------------------------------------------
@@ -248,14 +324,11 @@ def _picked(pattern: Pattern | None, choose: Any) -> Pattern | None:
 def cut(call: SoftmaxInputs, tile: tuple[int, int] | None) -> Cut:
     """The strips of one item, the same for all its heads."""
     (_, g), (nq, nk), at = call.heads, call.lengths, call.offset
-    if call.pattern is None or call.pattern.relative:
-        return _cut_relative(call.pattern, g, nq, nk, at, tile, call.bias is None)
-    return _cut_tiles(call.pattern, g, nq, nk, at, tile)
+    known = call.pattern is None or call.pattern.uniform
+    return (_cut_known if known else _cut)(call.pattern, g, nq, nk, at, tile, call.bias is None)
 
 
-# Calls of one shape are planned alike, and a plan can take as long as a short call.
-@lru_cache(maxsize=32)
-def _cut_relative(
+def _cut(
     pattern: Pattern | None,
     g: int,
     nq: int,
@@ -264,27 +337,163 @@ def _cut_relative(
     tile: tuple[int, int] | None,
     free: bool,
 ) -> Cut:
-    band = None if pattern is None or tile or not free else pattern.band
-    rows = None if band is None else _band_rows(band, g, nq, nk)
-    if band is None or rows is None:
-        return _cut_tiles(pattern, g, nq, nk, at, tile)
-    return Cut(tuple(_cut_band(band, rows, g, nq, nk, at)), rows, None)
+    if pattern is None or tile or not free:
+        return _cut_tiles(pattern, g, nq, nk, at, tile, free)
+    band = pattern.band
+    near, rest = patterns.apart(pattern)
+    rows = None if near is None else _band_rows(near, g, nq, nk)
+    if near is None or rows is None:
+        return _cut_tiles(pattern, g, nq, nk, at, tile, free)
+    if band is not None:
+        return Cut(tuple(_cut_band(band, rows, g, (0, nq), nk, at)), rows, None)
+    strips = _cut_near(pattern, near, rest, rows, g, nq, nk, at)
+    ways = Cut(tuple(strips), rows, None), _cut_tiles(pattern, g, nq, nk, at, tile, free)
+    return min(ways, key=lambda way: way.cost)
+
+
+# Calls of one shape are planned alike, and a plan can take as long as a short call.
+_cut_known = lru_cache(maxsize=32)(_cut)
 
 
 def _cut_tiles(
-    pattern: Pattern | None, g: int, nq: int, nk: int, at: int, tile: tuple[int, int] | None
+    pattern: Pattern | None,
+    g: int,
+    nq: int,
+    nk: int,
+    at: int,
+    tile: tuple[int, int] | None,
+    free: bool,
 ) -> Cut:
     grain = GRAIN if pattern is not None and pattern.relative else None
-    shape = tile or choose_tile(pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain)
+    edges = NO_EDGES if pattern is None or tile else pattern.edges(nk, at)
+    shape = tile or choose_tile(
+        pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain, edges=edges
+    )
     shape = (min(shape[0], max(nq, 1)), shape[1])
-    plan = make_plan(pattern, nq, nk, at, shape)
-    pairs = BUDGET // g if g * shape[0] > FEW else min(BUDGET // g, shape[0] * FEW_KEYS)
+    plan = make_plan(pattern, nq, nk, at, shape, edges)
     strips = []
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
-        runs = (Run(*run) for run in plan.runs(t, pairs, apart=True))
-        strips.append(Strip(i0, i1 - i0, 1, tuple(runs)))
+        runs = (Run(*run) for run in plan.runs(t, _pairs_at_once(g, i1 - i0), apart=True))
+        strip = _settled(Strip(i0, i1 - i0, 1, tuple(runs)), pattern, at)
+        strips.append(_gathered(strip, g) if free else strip)
     return Cut(tuple(strips), None, plan)
+
+
+def _pairs_at_once(g: int, rows: int) -> int:
+    """How many pairs of a head a run may have."""
+    return BUDGET // g if g * rows > few.ROWS else min(BUDGET // g, rows * FEW_KEYS)
+
+
+def _settled(strip: Strip, pattern: Pattern | None, at: int) -> Strip:
+    """A strip whose runs know what the pattern comes down to there."""
+    if pattern is None or pattern.relative:
+        return strip
+    runs = []
+    for run in strip.runs:
+        seen = (
+            patterns.within(pattern, _rectangle(strip, *strip.keys(run), at)) if run.hide else True
+        )
+        if isinstance(seen, bool):
+            runs += [run._replace(hide=False)] if seen else []
+        else:
+            runs.append(run._replace(sees=seen if seen.relative else None))
+    return strip._replace(runs=tuple(runs))
+
+
+def _gathered(strip: Strip, g: int) -> Strip:
+    """A strip whose short runs that every query sees are put together."""
+    rows = strip.stop - strip.i0
+    most = min(GATHERED, _pairs_at_once(g, rows) // rows)
+    short = [r for r in strip.runs if not (r.hide or r.moves) and r.j1 - r.j0 <= most // 2]
+    if len(short) < 2:
+        return strip
+    groups: list[list[Run]] = [[]]
+    width = 0
+    for run in short:
+        width += run.j1 - run.j0
+        if width > most:
+            groups.append([])
+            width = run.j1 - run.j0
+        groups[-1].append(run)
+    runs = [run for run in strip.runs if run not in short]
+    for group in groups:
+        parts = tuple((run.j0, run.j1) for run in group)
+        runs.append(Run(0, sum(j1 - j0 for j0, j1 in parts), hide=False, parts=parts))
+    return strip._replace(runs=tuple(runs))
+
+
+def _rectangle(strip: Strip, j0: int, j1: int, at: int) -> Rectangles:
+    i0, i1 = strip.i0, strip.stop
+    return Rectangles(*(np.array([[x]]) for x in (i0, i1, i0 + at, i1 + at, j0, j1)))
+
+
+# -- A band around the queries, and what is seen beside it ------------------------------------
+
+
+def _cut_near(
+    pattern: Pattern,
+    near: tuple[int, int],
+    rest: Pattern | None,
+    rows: int,
+    g: int,
+    nq: int,
+    nk: int,
+    at: int,
+) -> list[Strip]:
+    """Bands as of a window; outside of them, what `rest` sees."""
+    edges = () if rest is None else rest.edges(nk, at).queries
+    marks = [*tile_starts(nq, nq, edges).tolist(), nq]
+    strips = [s for rows_of in pairwise(marks) for s in _cut_band(near, rows, g, rows_of, nk, at)]
+    strips = [s for strip in strips for s in _alike(strip, pattern, rest, g, nk, at)]
+    beside = _runs_beside(rest, strips, g, nk, at)
+    joined = (s._replace(runs=s.runs + more) for s, more in zip(strips, beside, strict=True))
+    return [_gathered(_settled(strip, pattern, at), g) for strip in joined]
+
+
+def _alike(
+    strip: Strip, pattern: Pattern, rest: Pattern | None, g: int, nk: int, at: int
+) -> list[Strip]:
+    """A strip, cut in halves until the tiles of each see the same, moved along."""
+    if strip.tiles == 1:
+        return [strip]
+    place = _rectangle(strip, *strip.keys(strip.runs[0]), at)
+    seen = patterns.within(pattern, place)
+    if isinstance(seen, bool) or seen.relative:
+        if rest is None:
+            return [strip]
+        (beside,) = _runs_beside(rest, [strip], g, nk, at)
+        if not any(run.hide for run in beside) and patterns.within(rest, place) is False:
+            return [strip]
+    half, step = strip.tiles // 2, strip.tiles // 2 * strip.rows
+    runs = tuple(run._replace(j0=run.j0 + step, j1=run.j1 + step) for run in strip.runs)
+    parts = strip._replace(tiles=half), Strip(strip.i0 + step, strip.rows, strip.tiles - half, runs)
+    return [s for part in parts for s in _alike(part, pattern, rest, g, nk, at)]
+
+
+def _runs_beside(
+    rest: Pattern | None, strips: list[Strip], g: int, nk: int, at: int
+) -> list[tuple[Run, ...]]:
+    """What each strip sees beside its own band."""
+    if rest is None:
+        return [()] * len(strips)
+    first, stops = (np.array([getattr(s, name) for s in strips]) for name in ("i0", "stop"))
+    cols = tile_starts(nk, TILES[0][1], rest.edges(nk, at).keys)
+    ends = np.append(cols[1:], nk)
+    some, every = classify(rest, first, stops, cols, ends, at)
+    beside = []
+    for t, strip in enumerate(strips):
+        n0, n1 = strip.keys(strip.runs[0]) if strip.runs else (0, 0)
+        pieces = (
+            (a, b, not every[t, u])
+            for u in np.flatnonzero(some[t]).tolist()
+            for a, b in ((cols[u], min(ends[u], n0)), (max(cols[u], n1), ends[u]))
+            if a < b
+        )
+        rows = strip.stop - strip.i0
+        runs = join_runs(pieces, _pairs_at_once(g, rows) // rows, apart=True)
+        beside.append(tuple(Run(int(a), int(b), bool(hide)) for a, b, hide in runs))
+    return beside
 
 
 def _band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) -> int | None:
@@ -301,27 +510,28 @@ def _band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) ->
 
 
 def _cut_band(
-    band: tuple[Any, Any], rows: int, g: int, nq: int, nk: int, at: int
+    band: tuple[Any, Any], rows: int, g: int, queries: tuple[int, int], nk: int, at: int
 ) -> Iterator[Strip]:
-    lo, hi = band
+    (lo, hi), (start, stop) = band, queries
     width = rows + hi - lo - 1
     # Tiles whose whole band lies among the keys are alike, so many are computed at once.
-    first = min(max(0, -lo - at), nq)
-    alike = max(0, min(nq, nk - hi + 1 - at) - first) // rows
+    first = min(max(start, -lo - at), stop)
+    alike = max(0, min(stop, nk - hi + 1 - at) - first) // rows
     most = max(1, BUDGET // (g * rows * width))
 
     def edge(i0: int, i1: int) -> Iterator[Strip]:
         for i in range(i0, i1, rows):
             n = min(rows, i1 - i)
             j0, j1 = max(0, i + at + lo), min(nk, i + n - 1 + at + hi)
-            yield Strip(i, n, 1, (Run(j0, j1, hide=True),) if j0 < j1 else ())
+            yield Strip(i, n, 1, (Run(j0, j1, hide=True, moves=True),) if j0 < j1 else ())
 
-    yield from edge(0, first)
+    yield from edge(start, first)
     for t in range(0, alike, most):
         i0 = first + t * rows
         j0 = i0 + at + lo
-        yield Strip(i0, rows, min(most, alike - t), (Run(j0, j0 + width, hide=True),))
-    yield from edge(first + alike * rows, nq)
+        run = Run(j0, j0 + width, hide=True, moves=True)
+        yield Strip(i0, rows, min(most, alike - t), (run,))
+    yield from edge(first + alike * rows, stop)
 
 
 class Head:
@@ -352,10 +562,10 @@ class Head:
 
     def run(self, strip: Strip) -> None:
         """Compute the rows of a strip."""
-        g, i1 = self.call.q.shape[-3], strip.i0 + strip.rows * strip.tiles
+        g, i1 = self.call.q.shape[-3], strip.stop
         q = _tiles_of(self.call.q[0], strip)
         out, lse = _tiles_of(self.out, strip), _tiles_of(self.lse[..., None], strip)
-        if self.plain and g * (i1 - strip.i0) > FEW:
+        if self.plain and g * (i1 - strip.i0) > few.ROWS:
             self._gather(strip, q, out, lse)
             return
         state = self._empty(out.shape)
@@ -367,10 +577,10 @@ class Head:
         """Absorb a run of keys of a strip that is of few rows, or not plain."""
         call = self.call
         _, g, n, d = q.shape
-        if not self.plain or run.hide or g * n > FEW:
+        if not self.plain or run.hide or g * n > few.ROWS:
             return self._fold(state, enter(call, q[:, None], scale=call.scale), strip, run, None)
-        k, v = (enter(call, x[0, run.j0 : run.j1]) for x in (call.k, call.v))
-        rows = gather.few(enter(call, q.reshape(g * n, d)), k, v, call.scale)
+        k, v = (enter(call, _of_run(x[0], strip, run)) for x in (call.k, call.v))
+        rows = few.gather(enter(call, q.reshape(g * n, d)), k, v, call.scale)
         part = State(*(x.reshape(1, 1, g, n, -1) for x in rows))
         return online_softmax.merge(state, part, xp=np)
 
@@ -383,7 +593,7 @@ class Head:
         call, reach = self.call, self.reach()
         spans = [_windows(reach, strip, run) for run in strip.runs]
         rows = gather.Rows(q, call.scale, call.v.shape[-1], call.acc)
-        rows.choose([span for span, run in zip(spans, strip.runs, strict=True) if not run.hide])
+        rows.choose([self._common(strip, *pair) for pair in zip(strip.runs, spans, strict=True)])
         rest = None if call.sinks is None else self._empty(out.shape)
         raw = None
         for run, span in zip(strip.runs, spans, strict=True):
@@ -412,7 +622,7 @@ class Head:
             strip.i0, strip.rows, run.j0, run.j1 - run.j0, call.offset, xp=np, device=None
         )
         if run.hide and call.pattern is not None:
-            visible = call.pattern.visible(pairs)
+            visible = (run.sees or call.pattern).visible(pairs)
             if only is not None:
                 visible = visible & only[:, None, None, None, :]
         k, v = (x[:, None] for x in self._keys(strip, run, transposed=False))
@@ -421,12 +631,11 @@ class Head:
 
     def _keys(self, strip: Strip, run: Run, *, transposed: bool) -> tuple[Array, Array]:
         """Keys (count, m, D), or transposed, and values (count, m, Dv) of a run."""
-        call, stop = self.call, run.j1 + strip.rows * (strip.tiles - 1)
-        k, v = (enter(call, x[0, run.j0 : stop]) for x in (call.k, call.v))
-        m = run.j1 - run.j0
+        call, m = self.call, run.j1 - run.j0
+        k, v = (enter(call, _of_run(x[0], strip, run)) for x in (call.k, call.v))
         if not transposed:
             return _overlapping(k, strip, m), _overlapping(v, strip, m)
-        if strip.tiles == 1:
+        if len(k) == m:
             return k.T[None], v[None]
         # Small products are faster from keys that lie transposed.
         kt = loops.work_space("keys", (k.shape[1], k.shape[0]), k.dtype)
@@ -434,53 +643,84 @@ class Head:
         step = (strip.rows * kt.strides[1], *kt.strides)
         return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
 
+    def _common(self, strip: Strip, run: Run, span: Array) -> Array:
+        """What `span` holds for keys that every row of the strip sees, or some of those."""
+        if not run.hide:
+            return span
+        pattern: Any = run.sees or self.call.pattern
+        if pattern.relative and strip.tiles == 1:
+            return span[:, self._look(strip, run).common]
+        return span[:, :0]
+
     def _look(self, strip: Strip, run: Run) -> Look:
-        call, at, m = self.call, self.call.offset, run.j1 - run.j0
-        pattern: Any = call.pattern
+        at, m, acc = self.call.offset, run.j1 - run.j0, self.call.acc
+        pattern: Any = run.sees or self.call.pattern
         if pattern.relative:
-            return _relative_look(pattern, strip.i0 + at - run.j0, strip.rows, m, call.acc)
-        pairs = TilePairs(strip.i0, strip.rows, run.j0, m, at, xp=np, device=None)
-        every = (0, strip.rows)
-        return Look(every, every, pattern.visible(pairs).astype(call.acc))
+            return _relative_look(pattern, strip.i0 + at - run.j0, strip.rows, m, acc)
+        rows, partly, _ = _rows_that_see(pattern, strip.i0, at, strip.rows, run)
+        pairs = TilePairs(
+            strip.i0 + partly[0], partly[1] - partly[0], run.j0, m, at, xp=np, device=None
+        )
+        return Look(rows, partly, pattern.visible(pairs).astype(acc), slice(0))
 
 
 # Calls of one shape need the same few, again and again.
 @lru_cache(maxsize=32)
 def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
     """The look of queries at positions ``[at, at + n)`` at keys ``[0, m)``."""
-    i0 = np.arange(0, n, GRAIN)[:, None]
-    i1 = np.minimum(i0 + GRAIN, n)
-    j0, j1 = np.array([[0]]), np.array([[m]])
-    some, every = pattern.rectangles(Rectangles(i0, i1, i0 + at, i1 + at, j0, j1))
-    some, every = np.broadcast_to(some, i0.shape), np.broadcast_to(every, i0.shape)
+    rows, partly, everyone = _rows_that_see(pattern, 0, at, n, Run(0, m, hide=True))
+    at, n = at + partly[0], partly[1] - partly[0]
+    # What depends on distance alone is the same along each diagonal: it is asked once.
+    line = TilePairs(0, 1, 1 - n - at, n + m - 1, 0, xp=np, device=None)
+    seen = np.broadcast_to(pattern.visible(line), (1, n + m - 1))[0].astype(acc)
+    (step,) = seen.strides
+    weights = as_strided(seen[max(n - 1, 0) :], (n, m), (-step, step))
+    common = np.flatnonzero(weights.all(axis=0)) if everyone else slice(0)
+    return Look(rows, partly, weights if m >= WIDE else np.ascontiguousarray(weights), common)
+
+
+def _rows_that_see(
+    pattern: Pattern, i0: int, at: int, n: int, run: Run
+) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """Which of `n` rows see any key of a run, which of those not all, and whether all see any."""
+    starts = np.arange(0, n, GRAIN)
+    stops = np.minimum(starts + GRAIN, n)
+    j0, j1 = np.array([run.j0]), np.array([run.j1])
+    some, every = classify(pattern, i0 + starts, i0 + stops, j0, j1, at)
 
     def rows(which: Array) -> tuple[int, int]:
         found = np.flatnonzero(which).tolist()
         return (found[0] * GRAIN, min((found[-1] + 1) * GRAIN, n)) if found else (0, 0)
 
-    partly = rows(some & ~every)
-    pairs = TilePairs(partly[0], partly[1] - partly[0], 0, m, at, xp=np, device=None)
-    return Look(rows(some), partly, pattern.visible(pairs).astype(acc))
+    return rows(some), rows(some & ~every), bool(some.all())
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
     """Rows ``(G, N, D)`` of a strip as a view ``(count, G, rows, D)``."""
-    rows = x[:, strip.i0 : strip.i0 + strip.rows * strip.tiles]
+    rows = x[:, strip.i0 : strip.stop]
     g, _, d = x.shape
     return rows.reshape(g, strip.tiles, strip.rows, d).transpose(1, 0, 2, 3)
 
 
+def _of_run(x: Array, strip: Strip, run: Run) -> Array:
+    """Keys ``(Nk, ...)`` of a run, for all tiles together."""
+    if run.parts:
+        return np.concatenate([x[j0:j1] for j0, j1 in run.parts])
+    j0, j1 = strip.keys(run)
+    return x[j0:j1]
+
+
 def _overlapping(x: Array, strip: Strip, m: int) -> Array:
-    """``(count, m, D)`` views of `x`, each ``strip.rows`` further on."""
-    if strip.tiles == 1:
+    """``(count, m, D)`` views of `x`, each ``strip.rows`` further on; one where `x` is all."""
+    if len(x) == m:
         return x[None]
     return as_strided(x, (strip.tiles, m, x.shape[1]), (strip.rows * x.strides[0], *x.strides))
 
 
 def _windows(x: Array, strip: Strip, run: Run) -> Array:
-    """What ``x (Nk,)`` holds for the keys of a run, ``(count, m)``."""
-    if strip.tiles == 1:
-        return x[None, run.j0 : run.j1]
+    """What ``x (Nk,)`` holds for the keys of a run, ``(count, m)`` or ``(1, m)``."""
+    if strip.tiles == 1 or not run.moves:
+        return _of_run(x, strip, run)[None]
     (step,) = x.strides
     return as_strided(x[run.j0 :], (strip.tiles, run.j1 - run.j0), (strip.rows * step, step))
 

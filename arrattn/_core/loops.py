@@ -187,6 +187,34 @@ def scan(
     return carry, tuple(xp.stack(parts) for parts in zip(*ys, strict=True))
 
 
+def running_sums(x: Array, *, xp: Namespace) -> Array:
+    """Sums along the last axis but one, from its beginning through each place."""
+    if compat.is_numpy_namespace(xp) and x.shape[-1] > 1:
+        # BLAS is several times faster at the product than NumPy at sums over rows.
+        return np.matmul(np.tri(x.shape[-2], dtype=x.dtype), x)
+    return xp.cumulative_sum(x, axis=-2)
+
+
+def recomputed(function: Callable[..., Any], *args: Any, xp: Namespace) -> Any:
+    """
+    ``function(*args)``; for gradients its inner values are computed again, not kept.
+    """
+    if compat.is_jax_namespace(xp):
+        import jax
+
+        return jax.checkpoint(function)(*args)
+    if compat.is_torch_namespace(xp):
+        import torch
+
+        # Transforms of torch.func have no hooks for what is saved: they keep it.
+        transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+        if torch.is_grad_enabled() and not transformed():
+            from torch.utils.checkpoint import checkpoint
+
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
 def switch(index: Array, branches: Sequence[Callable[..., Any]], *args: Any) -> Any:
     """One of `branches`, chosen by a traced `index`; JAX alone traces."""
     import jax
@@ -349,6 +377,21 @@ def ones_column(n: int, dtype: Any) -> Array:
     if held is None or len(held) < n:
         held = _ones[dtype] = np.ones((n, 1), dtype)
     return held[:n]
+
+
+_zeros: dict[Any, Array] = {}
+
+
+def zeros_like(x: Array) -> Array:
+    """
+    Zeros of a NumPy array's shape and dtype, not to be written to.
+
+    Beside a number alone, NumPy takes several times as long for a minimum.
+    """
+    held = _zeros.get(x.dtype)
+    if held is None or len(held) < x.size:
+        held = _zeros[x.dtype] = np.zeros(x.size, x.dtype)
+    return held[: x.size].reshape(x.shape)
 
 
 def rescale_add(o: Array, factor: Array, more: Array, *, xp: Namespace) -> Array:

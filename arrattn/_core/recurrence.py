@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops, staging, tiles
+from arrattn._core import loops, staging, streams, tiles
+from arrattn._core.order import gather_tokens, merged_order, own_order
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
-from arrattn.feature_maps import Custom, FeatureMap, Features
+from arrattn.feature_maps import FeatureMap, Features
+from arrattn.feature_maps._base import Custom
 
 #: Tokens per step: products within a chunk cost as much as those with the memory.
 CHUNK = 128
@@ -56,22 +58,26 @@ class Operands(NamedTuple):
     lengths: Array | None  # (...)
     state: LinearState | None
     weights: Array | None
+    log_decay: Array | None = None  # (..., Hkv | 1, Nk, Dphi | 1)
+    beta: Array | None = None  # (..., Hkv | 1, Nk)
 
     def keys(self, start: int, stop: int) -> Operands:
         """Only these keys."""
         k, v = self.k[..., start:stop, :], self.v[..., start:stop, :]
         mask = None if self.key_mask is None else self.key_mask[..., start:stop]
         ids = None if self.k_ids is None else self.k_ids[..., start:stop]
-        return self._replace(k=k, v=v, key_mask=mask, k_ids=ids)
+        decay = None if self.log_decay is None else self.log_decay[..., start:stop, :]
+        beta = None if self.beta is None else self.beta[..., start:stop]
+        return self._replace(k=k, v=v, key_mask=mask, k_ids=ids, log_decay=decay, beta=beta)
 
-    def item(self, b: tuple[int, ...], h: int) -> Operands:
-        """One batch item and key head, without batch axes."""
+    def item(self, b: tuple[int, ...], h: slice) -> Operands:
+        """One batch item and some of its key heads, without batch axes."""
 
         def pick(x: Array | None, trailing: int, *, heads: int = 0) -> Array | None:
             if x is None:
                 return None
             x = tiles.pick_item(x, b, trailing)
-            return x[h : h + 1] if heads and x.shape[0] > 1 else x
+            return x[h] if heads and x.shape[0] > 1 else x
 
         state = self.state and LinearState(
             pick(self.state.S, 3, heads=1), pick(self.state.z, 2, heads=1)
@@ -86,6 +92,8 @@ class Operands(NamedTuple):
             lengths=pick(self.lengths, 0),
             state=state,
             weights=self.weights,
+            log_decay=pick(self.log_decay, 3, heads=1),
+            beta=pick(self.beta, 2, heads=1),
         )
 
 
@@ -116,47 +124,102 @@ class Keys(NamedTuple):
     bad: Array | None  # bool, as v
 
 
-def attend(how: How, x: Operands) -> tuple[Array, Array, Array]:
+#: Goes through the tokens of a call: `run`, or another that takes and gives the same.
+Run = Callable[..., tuple[Array, Array, Array]]
+
+
+def attend(
+    how: How, x: Operands, through: Run | None = None, *, together: bool = False
+) -> tuple[Array, Array, Array]:
     """
-    Do a call as suits its library: what `run` gives.
+    Do a call as suits its library: what `run`, or `through` in its place, gives.
+
+    On NumPy the heads of an item are a job each, or `together` as few jobs as there are threads.
     """
+    through = run if through is None else through
     kind = loops.schedule(how.xp)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         if kind == "threads":
-            return run_threads(how, x)
+            return run_threads(how, x, through, together=together)
         if kind == "blocks":
-            return run_blocks(how, x)
+            return run_blocks(how, x, through, together=together)
         if isinstance(how.feature_map, Custom):
             # A function may change what it does between calls: never compile it for good.
-            return run(how, x)
-        out, S, z = loops.staged(run, how, x, xp=how.xp)
+            return through(how, x)
+        out, S, z = loops.staged(through, how, x, xp=how.xp)
         return out, S, z
 
 
-def run_threads(how: How, x: Operands) -> tuple[Array, Array, Array]:
+def run_threads(
+    how: How, x: Operands, through: Run, *, together: bool
+) -> tuple[Array, Array, Array]:
     """
-    `run` on NumPy: a job for each batch item and key head.
+    `through` on NumPy: a job for each batch item and one or some of its key heads.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
-    dphi = features_of(how.feature_map, x.k, how.acc, how.xp).phi.shape[-1]
+    f = features_of(how.feature_map, x.k, how.acc, how.xp, x.weights)
+    dphi = f.phi.shape[-1]
     out = np.empty((*how.batch, hkv, g, nq, dv), x.q.dtype)
     S = np.empty((*how.batch, hkv, dphi, dv), how.acc)
     z = np.empty((*how.batch, hkv, dphi), how.acc)
     alone = how._replace(batch=())
+    # Streams do not sort tokens, and multiply logarithms in where ratios of positive sums result.
+    plain = f.log is None or (how.normalize and how.feature_map.non_negative)
+    streamed = through is run and plain and form(how, x) != "sorted"
 
-    def job(b: tuple[int, ...], h: int) -> None:
-        at: Any = (*b, slice(h, h + 1))
-        _, S[at], z[at] = run(alone, x.item(b, h), out[at])
+    def job(b: tuple[int, ...], h: slice) -> None:
+        at: Any = (*b, h)
+        own, into = x.item(b, h), out[at]
+        if streamed:
+            own, into = _stream(alone, own, f, into)
+        if streamed and own.q.shape[-2] == own.k.shape[-2] == 0 and own.state:
+            S[at], z[at] = own.state
+        else:
+            _, S[at], z[at] = through(alone, own, into)
 
-    jobs = [partial(job, b, h) for b in np.ndindex(*how.batch) for h in range(hkv)]
+    heads = -(-hkv * math.prod(how.batch) // loops.num_threads()) if together else 1
+    heads = max(1, min(heads, hkv))
+    jobs = [
+        partial(job, b, slice(h, min(h + heads, hkv)))
+        for b in np.ndindex(*how.batch)
+        for h in range(0, hkv, heads)
+    ]
     largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
     loops.run_jobs(jobs, small=largest <= loops.SMALL)
     return out, S, z
 
 
-def run_blocks(how: How, x: Operands) -> tuple[Array, Array, Array]:
+def _stream(how: How, x: Operands, f: Features, out: Array) -> tuple[Operands, Array]:
+    """Let `streams` do what it can of one head; what is left, and the state it has reached."""
+    state = LinearState(
+        np.zeros((f.phi.shape[-1], x.v.shape[-1]), how.acc), np.zeros(f.phi.shape[-1], how.acc)
+    )
+    if x.state:
+        state = LinearState(x.state.S[0], x.state.z[0])
+    job = streams.Job(
+        feature_map=how.feature_map,
+        carries_log=f.log is not None,
+        weights=x.weights,
+        q=x.q[0],
+        k=x.k[0],
+        v=x.v[0],
+        mask=None if x.key_mask is None else x.key_mask[0],
+        is_causal=how.is_causal,
+        normalize=how.normalize,
+        scale=how.scale,
+        acc=how.acc,
+        chunk=max(1, how.chunk // 2),
+    )
+    i, j, state = streams.run(job, state, out[0])
+    x = x.keys(j, x.k.shape[-2])._replace(q=x.q[..., i:, :])
+    return x._replace(state=LinearState(state.S[None], state.z[None])), out[..., i:, :]
+
+
+def run_blocks(
+    how: How, x: Operands, through: Run, *, together: bool
+) -> tuple[Array, Array, Array]:
     """
-    `run` on blocks of items and heads of a lazy call, when they are computed.
+    `through` on blocks of items and heads of a lazy call, when they are computed.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
     f = features_of(how.feature_map, x.k, how.acc, how.xp)
@@ -179,10 +242,12 @@ def run_blocks(how: How, x: Operands) -> tuple[Array, Array, Array]:
         staging.Piece(x.lengths, 0, has_head=False),
         staging.Piece(state[0], 2),
         staging.Piece(state[1], 1),
+        staging.Piece(x.log_decay, 2),
+        staging.Piece(x.beta, 1),
     ]
 
     def on_block(q: Array, k: Array, v: Array, *rest: Any) -> Any:
-        mask, q_ids, k_ids, lengths, S, z = rest
+        mask, q_ids, k_ids, lengths, S, z, decay, beta = rest
         xp = compat.array_namespace(q)
         block = how._replace(
             xp=xp,
@@ -191,8 +256,10 @@ def run_blocks(how: How, x: Operands) -> tuple[Array, Array, Array]:
         )
         weights = how.feature_map.weights(xp.astype(k[..., :0, :], block.acc), xp)
         past = None if S is None else LinearState(S, z)
-        operands = Operands(q, k, v, mask, q_ids, k_ids, lengths, past, weights)
-        return (run_threads if loops.schedule(xp) == "threads" else run)(block, operands)
+        operands = Operands(q, k, v, mask, q_ids, k_ids, lengths, past, weights, decay, beta)
+        if loops.schedule(xp) == "threads":
+            return run_threads(block, operands, through, together=together)
+        return through(block, operands)
 
     out, S, z = staging.on_blocks(on_block, pieces, sizes, dtypes)
     return out, S, z
@@ -212,15 +279,15 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     # A sum tells whether all terms are finite, and needs no array to do so.
     sums = (xp.isfinite(xp.sum(a, dtype=how.acc)) for a in (x.k, x.v))
     how = how._replace(careful=not all(loops.truth(a) for a in sums))
-    start, out = _start(how, x), loops.Pieces(into)
+    start, out = start_memory(how, x), loops.Pieces(into)
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
-        out.add(_zeros_out(how, x))
+        out.add(zeros_out(how, x))
         memory = start
     else:
         memory = FORMS[form(how, x)](how, x, start, out)
     S = memory.S
     if memory.log is not None:
-        S = S * xp.exp(_finite(memory.log, xp))[..., None, None]
+        S = S * xp.exp(finite(memory.log, xp))[..., None, None]
     if memory.bad is not None:
         S = xp.where(memory.bad, math.nan, S)
     return out.joined(xp=xp), S[..., :-1], S[..., -1]
@@ -233,9 +300,11 @@ def form(how: How, x: Operands) -> str:
     return "side by side" if how.is_causal else "all at once"
 
 
-def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) -> Features:
+def features_of(
+    feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace, weights: Array | None = None
+) -> Features:
     """The features of no keys at all: their number, and whether logarithms come with them."""
-    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp)
+    return feature_map.phi_k(xp.astype(k[..., :0, :], acc), xp, weights)
 
 
 # -- Three ways through the tokens ------------------------------------------------------------
@@ -244,7 +313,7 @@ def features_of(feature_map: FeatureMap, k: Array, acc: DType, xp: Namespace) ->
 def _all_at_once(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
     """Every key, and then every query."""
     memory = _absorb_all(how, x, memory)
-    _read_all(how, x, memory, out)
+    read_all(how, x, memory, out)
     return memory
 
 
@@ -252,16 +321,16 @@ def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
     """Take up every key."""
 
     def step(memory: Memory, part: Any) -> tuple[Memory, None]:
-        return _absorb(memory, _read_keys(how, x, *part), how.xp), None
+        return _absorb(memory, read_keys(how, x, *part), how.xp), None
 
     if x.k.shape[-2] == 0:
         return memory
     parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
-    after: Memory = _over_chunks(step, memory, parts, x.k.shape[-2], how, loops.Pieces())
+    after: Memory = over_chunks(step, memory, parts, x.k.shape[-2], how, loops.Pieces())
     return after
 
 
-def _read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
+def read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
     """Every query, of the same memory."""
 
     def step(carry: tuple[()], part: Any) -> tuple[tuple[()], Array]:
@@ -269,14 +338,14 @@ def _read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
         top = tiles.group_matmul(f.phi, memory.S, xp=how.xp)
         base = None
         if memory.log is not None:
-            base = _finite(memory.log, how.xp)[..., None, None, None]
+            base = finite(memory.log, how.xp)[..., None, None, None]
         bad = None if memory.bad is None else memory.bad[..., None, :, :]
-        return carry, _finish(how, x, f, top, base, bad)
+        return carry, finish(how, x, f, top, base, bad)
 
     if x.q.shape[-2] == 0:
-        out.add(_zeros_out(how, x))
+        out.add(zeros_out(how, x))
     else:
-        _over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how, out)
+        over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how, out)
 
 
 def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
@@ -288,14 +357,14 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
         memory = _absorb_all(how, x.keys(0, ahead), memory)
         x = x.keys(ahead, x.k.shape[-2])
     elif ahead < 0:
-        _read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory, out)
+        read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory, out)
         x = x._replace(q=x.q[..., -ahead:, :])
     n = x.k.shape[-2]
     if n == 0:
-        _read_all(how, x, memory, out)
+        read_all(how, x, memory, out)
         return memory
     parts = [(x.q, -2), (x.k, -2), (x.v, -2), (x.key_mask, -1), (None, -1)]
-    after: Memory = _over_chunks(_causal_step(how, x, None), memory, parts, n, how, out)
+    after: Memory = over_chunks(_causal_step(how, x, None), memory, parts, n, how, out)
     return after
 
 
@@ -304,17 +373,17 @@ def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
     Segments in any order, or positions that only the arrays know: sort, then go causally.
     """
     if x.q.shape[-2] == 0 or x.k.shape[-2] == 0:
-        _read_all(how, x, start, out)
+        read_all(how, x, start, out)
         return _absorb_all(how, x, start)
     xp = how.xp
     aligned = x.lengths is None and x.q.shape[-2] == x.k.shape[-2]
     own = how.is_causal and how.same_ids and aligned
-    order = _own_order(how, x) if own else _merged_order(how, x)
+    order = own_order(how, x) if own else merged_order(how, x)
     mask = order.is_key
     if x.key_mask is not None:
         shape = (*how.batch, 1, x.k.shape[-2])
         lifted = xp.reshape(xp.broadcast_to(x.key_mask, shape), (*shape, 1))
-        taken = _gather_tokens(lifted, order.k, how)[..., 0]
+        taken = gather_tokens(lifted, order.k, how)[..., 0]
         mask = taken if mask is None else mask & taken
     memory, initial = start, None
     if order.ids is not None:
@@ -323,99 +392,34 @@ def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
         memory = Memory(xp.zeros_like(start.S), log, start.bad, order.ids[..., 0])
         initial = None if x.state is None else _seen_past(start, None, xp)
     q, k, v = (
-        _gather_tokens(a, at, how) for a, at in ((x.q, order.q), (x.k, order.k), (x.v, order.k))
+        gather_tokens(a, at, how) for a, at in ((x.q, order.q), (x.k, order.k), (x.v, order.k))
     )
     parts = [(q, -2), (k, -2), (v, -2), (mask, -1), (order.ids, -1)]
     step = _causal_step(how, x, initial)
     mixed = loops.Pieces()
-    after = _over_chunks(step, memory, parts, q.shape[-2], how, mixed)
-    out.add(_gather_tokens(mixed.joined(xp=xp), order.row, how))
+    after = over_chunks(step, memory, parts, q.shape[-2], how, mixed)
+    out.add(gather_tokens(mixed.joined(xp=xp), order.row, how))
     return after if order.ids is None else _absorb_all(how, x, start)
 
 
 FORMS = {"sorted": _sorted, "side by side": _side_by_side, "all at once": _all_at_once}
 
 
-class Order(NamedTuple):
-    """
-    One sequence of T tokens in which all that a query may see lies before it.
-
-    By segment, then position; of two tokens at one position, the key comes first.
-    """
-
-    q: Array  # (..., T): the query at each place (any, if it is a key)
-    k: Array  # (..., T): the key at each place (any, if it is a query)
-    is_key: Array | None  # (..., 1, T): None where every token is both
-    ids: Array | None  # (..., T)
-    row: Array  # (..., Nq): the place of each query
-
-
-def _own_order(how: How, x: Operands) -> Order:
-    """Causal self-attention: each token is query and key at once."""
-    ids = _ids_of(how, x.q_ids)
-    order = loops.stable_argsort(ids, xp=how.xp)
-    row = loops.stable_argsort(order, xp=how.xp)
-    return Order(order, order, None, tiles.gather_last(ids, order, xp=how.xp), row)
-
-
-def _merged_order(how: How, x: Operands) -> Order:
-    """Queries and keys in one sequence; without causality a segment's keys come first."""
-    xp, nq, nk = how.xp, x.q.shape[-2], x.k.shape[-2]
-    device = loops.device_of(x.q)
-    i, j = xp.arange(nq, device=device), xp.arange(nk, device=device)
-    if how.is_causal:
-        last = nk if x.lengths is None else xp.astype(x.lengths, i.dtype)[..., None]
-        i = 2 * (i + last - nq) + 1  # between the key at its position and the next one
-    else:
-        i = i + 2 * nk
-    i, j = (xp.broadcast_to(n, (*how.batch, n.shape[-1])) for n in (i, 2 * j))
-    order = loops.stable_argsort(xp.concat([j, i], axis=-1), xp=xp)
-    ids = None
-    if x.q_ids is not None:
-        ids = xp.concat([_ids_of(how, x.k_ids), _ids_of(how, x.q_ids)], axis=-1)
-        ids = tiles.gather_last(ids, order, xp=xp)
-        by_segment = loops.stable_argsort(ids, xp=xp)
-        order = tiles.gather_last(order, by_segment, xp=xp)
-        ids = tiles.gather_last(ids, by_segment, xp=xp)
-    row = loops.stable_argsort(order, xp=xp)[..., nk:]
-    is_key = order < nk
-    zero = xp.zeros_like(order)
-    q, k = xp.where(is_key, zero, order - nk), xp.where(is_key, order, zero)
-    return Order(q, k, is_key[..., None, :], ids, row)
-
-
-def _ids_of(how: How, ids: Array) -> Array:
-    """The ids of every item of the batch, in the dtype of indices."""
-    whole = how.xp.arange(0).dtype
-    return how.xp.broadcast_to(how.xp.astype(ids, whole), (*how.batch, ids.shape[-1]))
-
-
-def _gather_tokens(x: Array, index: Array, how: How) -> Array:
-    """``x (..., heads, N, D)`` at ``index (..., T)``, the same for all heads of an item."""
-    heads = x.shape[len(how.batch) : -2]
-    *lead, n, d = x.shape
-    rows = how.xp.arange(math.prod(lead), dtype=index.dtype, device=loops.device_of(index))
-    index = how.xp.reshape(index, (*how.batch, *(1 for _ in heads), index.shape[-1]))
-    flat = how.xp.reshape(rows, (*lead, 1)) * n + index
-    flat_x = how.xp.reshape(x, (math.prod(lead) * n, d))
-    taken = how.xp.take(flat_x, how.xp.reshape(flat, (math.prod(flat.shape),)), axis=0)
-    return how.xp.reshape(taken, (*flat.shape, d))
-
-
 # -- The steps --------------------------------------------------------------------------------
 
 
-def _start(how: How, x: Operands) -> Memory:
+def start_memory(how: How, x: Operands) -> Memory:
     """The memory before any key: empty, or the state that came in."""
     xp, device = how.xp, loops.device_of(x.q)
-    f = features_of(how.feature_map, x.k, how.acc, xp)
-    shape = (*how.batch, x.k.shape[-3], f.phi.shape[-1], x.v.shape[-1] + 1)
+    f = features_of(how.feature_map, x.k, how.acc, xp, x.weights)
+    shape = (*how.batch, x.k.shape[-3], f.phi.shape[-1], x.v.shape[-1] + _ones(x))
     if x.state is None:
         S = xp.zeros(shape, dtype=how.acc, device=device)
     else:
-        S = xp.broadcast_to(x.state.S, (*shape[:-1], shape[-1] - 1))
-        z = xp.broadcast_to(x.state.z, shape[:-1])
-        S = xp.concat([S, z[..., None]], axis=-1)
+        S = xp.broadcast_to(x.state.S, (*shape[:-1], x.v.shape[-1]))
+        if _ones(x):
+            z = xp.broadcast_to(x.state.z, shape[:-1])
+            S = xp.concat([S, z[..., None]], axis=-1)
     bad = None
     if how.careful:
         bad = xp.zeros((*shape[:-2], 1, shape[-1]), dtype=xp.bool, device=device)
@@ -426,20 +430,27 @@ def _start(how: How, x: Operands) -> Memory:
     return Memory(S, xp.where(xp.any(S != 0, axis=(-2, -1)), log, -math.inf), bad)
 
 
-def _zeros_out(how: How, x: Operands) -> Array:
+def _ones(x: Operands) -> int:
+    """How many columns of ones stand beside the values: the delta rule has no normaliser."""
+    return 1 if x.beta is None else 0
+
+
+def zeros_out(how: How, x: Operands) -> Array:
     """The output where there is nothing to read or to be read."""
     shape = (*x.q.shape[:-1], x.v.shape[-1])
     return how.xp.zeros(shape, dtype=x.q.dtype, device=loops.device_of(x.q))
 
 
-def _read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) -> Keys:
+def read_keys(how: How, x: Operands, k: Array, v: Array, mask: Array | None) -> Keys:
     """Features of a chunk of keys, and a one beside each value; absent keys leave nothing."""
     xp = how.xp
-    k, v = xp.astype(k, how.acc), xp.astype(v, how.acc)
+    k, v = xp.astype(k, how.acc, copy=False), xp.astype(v, how.acc, copy=False)
     if mask is not None:
         k, v = xp.where(mask[..., None], k, 0.0), xp.where(mask[..., None], v, 0.0)
-    one = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=loops.device_of(v))
-    v, bad = xp.concat([v, one], axis=-1), None
+    if _ones(x):
+        one = xp.ones((*v.shape[:-1], 1), dtype=v.dtype, device=loops.device_of(v))
+        v = xp.concat([v, one], axis=-1)
+    bad = None
     if how.careful:
         bad_k = ~xp.all(xp.isfinite(k), axis=-1, keepdims=True)
         bad = ~xp.isfinite(v) | bad_k
@@ -459,7 +470,7 @@ def _absorb(memory: Memory, keys: Keys, xp: Namespace) -> Memory:
         return memory._replace(S=memory.S + xp.matrix_transpose(keys.phi) @ keys.v)
     top = loops.stop_gradient(xp.max(keys.log, axis=-1))
     log = xp.maximum(memory.log, top)
-    base = _finite(log, xp)
+    base = finite(log, xp)
     phi = keys.phi * xp.exp(keys.log - base[..., None])[..., None]
     S = memory.S * xp.exp(memory.log - base)[..., None, None]
     return memory._replace(S=S + xp.matrix_transpose(phi) @ keys.v, log=log)
@@ -474,7 +485,7 @@ def _causal_step(how: How, x: Operands, initial: Past | None) -> Callable[..., A
         q, k, v, mask, ids = part
         xp = how.xp
         f = how.feature_map.phi_q(xp.astype(q, how.acc), xp, x.weights)
-        keys = _read_keys(how, x, k, v, mask)
+        keys = read_keys(how, x, k, v, mask)
         t = xp.arange(q.shape[-2], device=loops.device_of(q))
         visible, ours = t[None, :] <= t[:, None], None
         if ids is not None:
@@ -500,7 +511,7 @@ def _causal_step(how: How, x: Operands, initial: Past | None) -> Callable[..., A
             if past.bad is not None:
                 bad = bad | (past.bad if past.seen is None else past.bad & past.seen)
             top = top + (term if past.seen is None else xp.where(past.seen, term, 0.0))
-        out = _finish(how, x, f, top, base, bad)
+        out = finish(how, x, f, top, base, bad)
         if ids is not None:
             memory, keys = _last_segment(memory, keys, ids, xp)
         return _absorb(memory, keys, xp), out
@@ -534,7 +545,7 @@ def _largest_log(keys: Keys, visible: Array, pasts: list[Past], xp: Namespace) -
     base = xp.max(log, axis=-1, keepdims=True)
     for past in pasts:
         base = xp.maximum(base, past.log)
-    return _finite(loops.stop_gradient(base), xp)
+    return finite(loops.stop_gradient(base), xp)
 
 
 def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tuple[Memory, Keys]:
@@ -551,7 +562,7 @@ def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tupl
     return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, v, bad)
 
 
-def _finish(
+def finish(
     how: How, x: Operands, f: Features, top: Array, base: Array | None, bad: Array | None
 ) -> Array:
     """
@@ -560,21 +571,24 @@ def _finish(
     NaN goes where a row sees what is `bad`, last of all: no gradient passes through it.
     """
     xp = how.xp
-    top, total = top[..., :-1], top[..., -1:]
+    total = None
+    if _ones(x):
+        top, total = top[..., :-1], top[..., -1:]
+        bad = None if bad is None else bad[..., :-1]
     if how.normalize:
         empty = total == 0
         # Two `where`: the quotient not taken must not spoil gradients either.
         out = xp.where(empty, 0.0, top / xp.where(empty, 1.0, total))
     else:
-        out = how.scale * top
+        out = top if how.scale == 1.0 else how.scale * top
         if base is not None and f.log is not None:
             out = out * xp.exp(base + f.log[..., None])
     if bad is not None:
-        out = xp.where(bad[..., :-1], math.nan, out)
+        out = xp.where(bad, math.nan, out)
     return xp.astype(out, x.q.dtype, copy=False)
 
 
-def _finite(log: Array, xp: Namespace) -> Array:
+def finite(log: Array, xp: Namespace) -> Array:
     """0 where there is nothing yet: ``-inf - -inf`` is no number."""
     return xp.where(log == -math.inf, 0.0, log)
 
@@ -582,7 +596,7 @@ def _finite(log: Array, xp: Namespace) -> Array:
 # -- The loop ---------------------------------------------------------------------------------
 
 
-def _over_chunks(
+def over_chunks(
     step: Callable[..., Any],
     carry: Any,
     parts: list[tuple[Array | None, int]],
@@ -608,11 +622,11 @@ def _over_chunks(
     whole = n // size * size
     if loops.schedule(xp) == "scan" and whole > size:
         xs = tuple(
-            None if x is None else _chunks_first(x, axis, size, whole, xp) for x, axis in parts
+            None if x is None else chunks_first(x, axis, size, whole, xp) for x, axis in parts
         )
         carry, ys = loops.scan(step, carry, xs, xp=xp)
         if ys is not None:
-            out.add(_chunks_joined(ys, xp))
+            out.add(chunks_joined(ys, xp))
     else:
         whole = 0
     for start in range(whole, n, size):
@@ -622,7 +636,7 @@ def _over_chunks(
     return carry
 
 
-def _chunks_first(x: Array, axis: int, size: int, n: int, xp: Namespace) -> Array:
+def chunks_first(x: Array, axis: int, size: int, n: int, xp: Namespace) -> Array:
     """(..., n, [D]) -> (n / size, ..., size, [D])."""
     lead, tail = (x.shape[:-1], ()) if axis == -1 else (x.shape[:-2], x.shape[-1:])
     x = x[..., :n] if axis == -1 else x[..., :n, :]
@@ -630,7 +644,7 @@ def _chunks_first(x: Array, axis: int, size: int, n: int, xp: Namespace) -> Arra
     return xp.moveaxis(x, len(lead), 0)
 
 
-def _chunks_joined(y: Array, xp: Namespace) -> Array:
+def chunks_joined(y: Array, xp: Namespace) -> Array:
     """(chunks, ..., size, D) -> (..., chunks * size, D)."""
     chunks, *lead, size, d = y.shape
     return xp.reshape(xp.moveaxis(y, 0, -3), (*lead, chunks * size, d))

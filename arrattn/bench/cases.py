@@ -95,6 +95,7 @@ FULL = Problem()
 CAUSAL = Problem(causal=True)
 CACHE = Problem(batch=8, heads=8, key_heads=2, queries=1)
 NEAR = Problem(window=(128, 0))
+LONGFORMER = Problem(window=(256, 256), shared=4)
 LARGE = Problem(spread=100.0)  # scores in the hundreds
 HALF, BRAIN = Problem(dtype="float16"), Problem(dtype="bfloat16")
 
@@ -121,6 +122,11 @@ def _unlike(
 
 def _linear(what: str, peer: str, problem: Problem, targets: Mapping[int, float | None]) -> Pair:
     return Pair("linear", what, ours.linear, peer, problem, targets, counted=False)
+
+
+def _delta(peer: str, targets: Mapping[int, float | None]) -> Pair:
+    pair = Pair("linear", "gated delta rule", ours.gated_delta, peer, CAUSAL, targets)
+    return pair._replace(counted=False, fewest=3)
 
 
 _KEYS = ours.sparse()
@@ -164,6 +170,8 @@ CASES: tuple[Pair | Limit, ...] = (
     _unlike("sparse", "keys, exact", _EXACT, "torch", CAUSAL, {16384: 1.0}),
     _unlike("sparse", "3 blocks", _BLOCKS, "torch", CAUSAL, {16384: 4.5}),
     _unlike("sparse", "3 blocks per block", _PER_BLOCK, "torch", CAUSAL, {16384: 10.0}),
+    _unlike("sparse", "Longformer, 256 + 4", ours.pattern, "window", LONGFORMER, {16384: 0.77}),
+    Pair("sparse", "Longformer, 256 + 4", ours.pattern, "flex", LONGFORMER, {16384: 1.0}),
     _unlike("linear", "elu + 1, full", ours.linear, "dense", FULL, {16384: None}),
     _linear("elu + 1, full", "torch linear", FULL, {16384: 1.0, 65536: 2.5}),
     _linear("elu + 1, causal", "torch chunks", CAUSAL, {16384: 1.4}),
@@ -171,16 +179,23 @@ CASES: tuple[Pair | Limit, ...] = (
     _unlike("linear", "elu + 1, causal", ours.linear, "torch", CAUSAL, {16384: 20.0}),
     _unlike("linear", "FAVOR+ 64, full", ours.favor, "performer", FULL, {16384: 2.2}),
     _unlike("linear", "FAVOR+ 64, causal", ours.favor, "performer", CAUSAL, {16384: 25.0}),
+    _unlike("linear", "elu + 1, causal, decay", ours.decayed, "linear", CAUSAL, {16384: 0.5}),
+    _delta("steps", {16384: 20.0}),
+    _delta("onnx reference", {16384: 20.0}),
     Pair("overhead", "full", ours.dense, "numpy", FULL, {16: 0.6, 64: 0.6}),
     Limit("overhead", "import beyond NumPy's", limits.import_time, "ms", 40.0),
     Limit("overhead", "memory, dense", limits.memory("dense"), "MiB", 16.0, (16384,), each=True),
     Limit("overhead", "memory, local", limits.memory("local"), "MiB", 16.0, (16384,), each=True),
+    Limit("overhead", "memory, linear", limits.memory("linear"), "MiB", 1.0, (16384, 65536),
+          each=True),
     Limit("scaling", "dense", limits.exponent(ours.dense, FULL), "", None, (1024, 2048, 4096)),
     Limit("scaling", "local", limits.exponent(ours.local, NEAR), "", 1.05,
           (4096, 8192, 16384, 32768)),
     Limit("scaling", "sparse", limits.exponent(_KEYS, CAUSAL), "", 1.6, (4096, 8192, 16384)),
-    Limit("scaling", "linear", limits.exponent(ours.linear, FULL), "", 1.05,
-          (4096, 8192, 16384, 32768)),
-    Limit("scaling", "linear, causal", limits.exponent(ours.linear, CAUSAL), "", 1.05,
+    Limit("scaling", "linear", limits.exponent(ours.linear, FULL), "", 1.1,
+          (4096, 16384, 65536, 131072)),
+    Limit("scaling", "linear, causal", limits.exponent(ours.linear, CAUSAL), "", 1.1,
+          (4096, 16384, 65536, 131072)),
+    Limit("scaling", "gated delta rule", limits.exponent(ours.gated_delta, CAUSAL), "", 1.1,
           (4096, 8192, 16384, 32768)),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from arrattn.bench.inputs import Inputs, read_inputs
 from arrattn.bench.libraries import open_library
 from arrattn.bench.measure import Cell, measure
 from arrattn.bench.settings import Settings, add_arguments, read_settings
+from arrattn.bench.tasks import run_task
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         settings = read_settings(args)
         if settings.plot is not None:
             require_plot(settings.plot)
+        if settings.task != "families":
+            return run_task(settings)
         return _compare(settings)
     except CannotRun as error:
         print(f"arrattn compare: {error}", file=sys.stderr)

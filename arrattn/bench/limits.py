@@ -30,11 +30,12 @@ print(time.perf_counter() - start)
 MEMORY = """
 import sys
 import numpy as np
-from arrattn import attention, local_attention
+from arrattn import attention, linear_attention, local_attention
 from arrattn.bench.memory import traced
 n = int(sys.argv[2])
-run = attention if sys.argv[1] == "dense" else local_attention
-options = {} if sys.argv[1] == "dense" else {"window": (128, 0)}
+runs = {"dense": attention, "local": local_attention, "linear": linear_attention}
+run = runs[sys.argv[1]]
+options = {"window": (128, 0)} if sys.argv[1] == "local" else {}
 draw = np.random.default_rng(0).standard_normal
 q, k, v = (draw((1, 4, n, 64), dtype=np.float32) for _ in range(3))
 run(*(x[:, :, :16] for x in (q, k, v)), **options)
@@ -141,7 +142,7 @@ def memory(family: str) -> Measure:
     Parameters
     ----------
     family : str
-        Dense or local, in small letters.
+        Dense, local or linear, in small letters.
 
     Returns
     -------

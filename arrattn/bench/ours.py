@@ -8,21 +8,26 @@ from typing import Any
 import numpy as np
 
 import arrattn
-from arrattn import feature_maps
+from arrattn import feature_maps, patterns
 from arrattn.bench.contestant import Build, Contestant
 from arrattn.bench.problem import Host, Problem
 
 __all__ = [
     "compiling",
+    "decayed",
     "decode",
     "dense",
     "favor",
+    "gated_delta",
+    "gates",
     "in_float32",
     "jitted",
     "linear",
     "local",
+    "pattern",
     "sparse",
     "torch_tensors",
+    "unit",
 ]
 
 Arrays = tuple[Host, Host, Host]
@@ -44,6 +49,14 @@ def local(problem: Problem, arrays: Arrays) -> Contestant:
     window = problem.window or (problem.n, problem.n)
     call = partial(arrattn.local_attention, *arrays, window=window, is_causal=problem.causal)
     return Contestant("arrattn local", call)
+
+
+def pattern(problem: Problem, arrays: Arrays) -> Contestant:
+    """``attention`` on NumPy with a window and positions that see all and are seen by all."""
+    left, right = problem.window or (problem.n, problem.n)
+    seen = patterns.Window(left, right) | patterns.Global(problem.shared)
+    call = partial(arrattn.attention, *arrays, pattern=seen, is_causal=problem.causal)
+    return Contestant("arrattn pattern", call)
 
 
 def sparse(**options: Any) -> Build:
@@ -69,6 +82,34 @@ def favor(problem: Problem, arrays: Arrays) -> Contestant:
         arrattn.linear_attention, *arrays, feature_map=features, is_causal=problem.causal
     )
     return Contestant("arrattn linear", call)
+
+
+def gates(problem: Problem) -> tuple[Host, Host]:
+    """Writing strengths and logarithms of decay (B, H, N), the same for ours and a peer."""
+    rng = np.random.default_rng(0)
+    shape = (problem.batch, problem.heads, problem.n)
+    return rng.random(shape, dtype=np.float32), -0.1 * rng.random(shape, dtype=np.float32)
+
+
+def unit(keys: Host) -> Host:
+    """Keys of length 1."""
+    length: Host = np.linalg.norm(keys, axis=-1, keepdims=True)
+    return keys / length
+
+
+def decayed(problem: Problem, arrays: Arrays) -> Contestant:
+    """``linear_attention`` on NumPy with the map ``elu + 1`` and a decay for each token."""
+    _, log_decay = gates(problem)
+    call = partial(arrattn.linear_attention, *arrays, log_decay=log_decay, is_causal=problem.causal)
+    return Contestant("arrattn linear, decay", call)
+
+
+def gated_delta(problem: Problem, arrays: Arrays) -> Contestant:
+    """``delta_attention`` on NumPy with a decay for each token."""
+    q, k, v = arrays
+    beta, log_decay = gates(problem)
+    call = partial(arrattn.delta_attention, q, unit(k), v, beta=beta, log_decay=log_decay)
+    return Contestant("arrattn delta", call)
 
 
 def in_float32(problem: Problem, arrays: Arrays) -> Contestant:

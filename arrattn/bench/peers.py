@@ -104,7 +104,11 @@ def torch_flex(problem: Problem, arrays: Arrays) -> Contestant:
         del b, h
         return (j >= i - left) & (j <= i + right)
 
-    block = flex.create_block_mask(near, None, None, problem.nq, problem.n, device="cpu")
+    def shared(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return near(b, h, i, j) | (i < problem.shared) | (j < problem.shared)
+
+    seen = shared if problem.shared else near
+    block = flex.create_block_mask(seen, None, None, problem.nq, problem.n, device="cpu")
     torch.compiler.reset()  # else it stops compiling after a handful of lengths
     compiled = torch.compile(flex.flex_attention, dynamic=False)
 
@@ -205,6 +209,7 @@ def jax_compiling(problem: Problem, arrays: Arrays) -> Contestant:
 PEERS = {
     "dense": Peer("arrattn dense", ours.dense, own=True),
     "float32": Peer("arrattn float32", ours.in_float32, own=True),
+    "window": Peer("arrattn local, the window alone", ours.local, own=True),
     "numpy": Peer("plain NumPy", numpy_plain, own=True),
     "torch": Peer("torch SDPA", torch_sdpa, ("torch",)),
     "flex": Peer("torch flex_attention, compiled", torch_flex, ("torch",)),
@@ -214,5 +219,8 @@ PEERS = {
     "jax compiling": Peer("jax.nn, compiling", jax_compiling, ("jax",)),
     "torch linear": Peer("the formula in torch", peers_linear.torch_linear, ("torch",)),
     "torch chunks": Peer("chunked sums in torch", peers_linear.torch_chunks, ("torch",)),
+    "linear": Peer("arrattn linear", ours.linear, own=True),
+    "steps": Peer("NumPy, step by step", peers_linear.numpy_steps, own=True),
+    "onnx reference": Peer("ONNX reference", peers_linear.onnx_reference, ("onnx",)),
     "performer": Peer("performer-pytorch", peers_linear.performer, ("performer_pytorch",)),
 }

@@ -6,10 +6,13 @@ import contextlib
 import io
 from typing import Any
 
+import numpy as np
+
+from arrattn.bench import ours
 from arrattn.bench.contestant import Contestant
 from arrattn.bench.problem import Host, Problem
 
-__all__ = ["performer", "torch_chunks", "torch_linear"]
+__all__ = ["numpy_steps", "onnx_reference", "performer", "torch_chunks", "torch_linear"]
 
 Arrays = tuple[Host, Host, Host]
 CHUNK = 128  # the fastest of 64, 128, 256 and 512 where it was tried
@@ -72,3 +75,51 @@ def performer(problem: Problem, arrays: Arrays) -> Contestant:
             return module(q, k, v)
 
     return Contestant("performer-pytorch", call)
+
+
+def numpy_steps(problem: Problem, arrays: Arrays) -> Contestant:
+    """The gated delta rule in NumPy, token by token, all heads of a token at once."""
+    q, k, v = arrays
+    k, (beta, g) = ours.unit(k), ours.gates(problem)
+
+    def call() -> Any:
+        S = np.zeros((*k.shape[:2], k.shape[-1], v.shape[-1]), v.dtype)
+        out = np.empty_like(v)
+        for t in range(problem.n):
+            S = np.exp(g[:, :, t, None, None]) * S
+            key = k[:, :, t : t + 1]
+            u = beta[:, :, t, None, None] * (v[:, :, t : t + 1] - key @ S)
+            S = S + key.swapaxes(-1, -2) * u
+            out[:, :, t : t + 1] = q[:, :, t : t + 1] @ S
+        return out
+
+    return Contestant("NumPy, step by step", call)
+
+
+def onnx_reference(problem: Problem, arrays: Arrays) -> Contestant:
+    """ONNX's own evaluator of its operator LinearAttention, which is written in NumPy."""
+    from onnx import TensorProto, helper
+    from onnx.reference import ReferenceEvaluator
+
+    q, k, v = arrays
+    beta, g = ours.gates(problem)
+
+    def packed(x: Host) -> Host:
+        return np.ascontiguousarray(x.swapaxes(1, 2)).reshape(problem.batch, problem.n, -1)
+
+    feed = dict(zip(("query", "key", "value"), map(packed, (q, ours.unit(k), v)), strict=True))
+    feed |= {"decay": g.swapaxes(1, 2), "beta": beta.swapaxes(1, 2)}
+    names = ["query", "key", "value", "", "decay", "beta"]
+    heads = {"q_num_heads": problem.heads, "kv_num_heads": problem.heads}
+    node = helper.make_node("LinearAttention", names, ["out", "state"], scale=1.0, **heads)
+    given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in feed.items()]
+    results = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * 3)]
+    graph = helper.make_graph([node], "delta", given, results)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 27)])
+    evaluator = ReferenceEvaluator(model)
+
+    def apart(outs: Any) -> Host:
+        out: Host = outs[0].reshape(problem.batch, problem.n, problem.heads, -1).swapaxes(1, 2)
+        return out
+
+    return Contestant("ONNX reference", lambda: evaluator.run(None, feed), apart)

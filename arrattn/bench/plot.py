@@ -9,7 +9,7 @@ from typing import Any
 from arrattn.bench.findings import exponents, speedup
 from arrattn.bench.measure import Cell
 
-__all__ = ["draw", "file_types", "require_matplotlib"]
+__all__ = ["COLOURS", "describe", "draw", "file_types", "require_matplotlib", "save", "sheet"]
 
 # Okabe and Ito's colours, which every kind of colour vision tells apart.
 COLOURS = {"dense": "#222222", "local": "#0072b2", "sparse": "#009e73", "linear": "#d55e00"}
@@ -50,25 +50,58 @@ def draw(path: Path, cells: Sequence[Cell], title: str) -> None:
     title : str
         What was compared.
     """
+    figure = sheet((13.5, 4.9), title)
+    times, memory, errors = figure.subplots(1, 3)
+    powers = {name: _power(power) for name, power in exponents(cells).items()}
+    _curves(times, cells, lambda cell: cell.median, powers, spread=True)
+    describe(times, "Time", "seconds, median (bars: min to max)")
+    _curves(memory, cells, _mebibytes, {})
+    describe(memory, "Peak working memory", "MiB over inputs and output")
+    _errors(errors, cells)
+    save(figure, path)
+
+
+def sheet(size: tuple[float, float], title: str) -> Any:
+    """
+    Take a new sheet.
+
+    Parameters
+    ----------
+    size : tuple of float
+        Width and height, in inches.
+    title : str
+        What is above it.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Without axes.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(
-        figsize=(13.5, 4.9),
-        facecolor="white",
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
-    )
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=size, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, color=INK)
-    times, memory, errors = figure.subplots(1, 3)
-    powers = {name: _power(power) for name, power in exponents(cells).items()}
-    _curves(times, cells, lambda cell: cell.median, powers, spread=True)
-    _describe(times, "Time", "seconds, median (bars: min to max)")
-    _curves(memory, cells, _mebibytes, {})
-    _describe(memory, "Peak working memory", "MiB over inputs and output")
-    _errors(errors, cells)
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def save(figure: Any, path: Path, dpi: int = 130) -> None:
+    """
+    Write a picture to a file.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        The picture.
+    path : Path
+        Where; the ending chooses its kind.
+    dpi : int, default: 130
+        Dots per inch.
+    """
+    figure.savefig(path, dpi=dpi)
 
 
 def _curves(
@@ -132,7 +165,7 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
             name, (x[-1], y[-1]), xytext=(9, 0), textcoords="offset points",
             va="center", fontsize=9, color=colour, fontweight="bold",
         )  # fmt: skip
-    _describe(axes, "Error against speed", "error: |o - dense| / |dense|")
+    describe(axes, "Error against speed", "error: |o - dense| / |dense|")
     axes.set_xlabel("times as fast as dense (large mark: longest N)", color=INK, fontsize=9)
     if not shown:
         axes.text(0.5, 0.5, "dense was not timed", ha="center", transform=axes.transAxes)
@@ -153,7 +186,19 @@ def _errors(axes: Any, cells: Sequence[Cell]) -> None:
     axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the last name
 
 
-def _describe(axes: Any, title: str, label: str) -> None:
+def describe(axes: Any, title: str, label: str) -> None:
+    """
+    Title, label and look of one pair of axes.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Which.
+    title : str
+        What they show.
+    label : str
+        What the upright axis counts.
+    """
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_ylabel(label, color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=8)

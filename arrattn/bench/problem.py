@@ -37,6 +37,8 @@ class Problem(NamedTuple):
         Whether a query sees no later key.
     window : tuple of (int, int) or None
         Keys visible before and after a query.
+    shared : int
+        How many first positions see all and are seen by all, beside the window.
     spread : float
         Factor on the queries: standard deviation of the scores.
     dtype : str
@@ -51,6 +53,7 @@ class Problem(NamedTuple):
     width: int = 64
     causal: bool = False
     window: tuple[int, int] | None = None
+    shared: int = 0
     spread: float = 1.0
     dtype: str = "float32"
 
@@ -127,7 +130,7 @@ def visible_pairs(problem: Problem) -> int:
     Parameters
     ----------
     problem : Problem
-        Its lengths, causality and window; the last query stands at the last key.
+        Its lengths, causality, window and shared positions; the last query stands at the last key.
 
     Returns
     -------
@@ -141,14 +144,20 @@ def visible_pairs(problem: Problem) -> int:
     (16, 10)
     """
     position = np.arange(problem.nq, dtype=np.int64) + problem.n - problem.nq
-    first, stop = np.zeros_like(position), np.full_like(position, problem.n)
+    first, last = np.zeros_like(position), np.full_like(position, problem.n)
     if problem.causal:
-        stop = np.minimum(stop, position + 1)
+        last = np.minimum(last, position + 1)
+    stop = last
     if problem.window is not None:
         left, right = problem.window
         first = np.maximum(first, position - left)
         stop = np.minimum(stop, position + right + 1)
-    return int(np.sum(np.maximum(stop - first, 0)))
+    last, stop = np.maximum(last, 0), np.maximum(stop, first)
+    # Shared keys on top of those in the window; a shared query sees all that order lets it.
+    early = np.minimum(problem.shared, last)
+    beside = early - np.clip(np.minimum(stop, early) - first, 0, None)
+    seen = np.where(position < problem.shared, last, stop - first + beside)
+    return int(np.sum(seen))
 
 
 def difference(one: Host, other: Host) -> float:

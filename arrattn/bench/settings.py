@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arrattn.backends import DTYPES, FAMILIES, LIBRARIES
-from arrattn.bench.files import INSTALL, require_files
+from arrattn.bench.files import INSTALL, CannotRun, require_files
 
 __all__ = [
     "INSTALL_DEMO",
@@ -22,6 +22,7 @@ INSTALL_DEMO = (
     f"{INSTALL}, or compare on random numbers, which need no model:\n    arrattn compare --random"
 )
 LENGTHS = (1024, 2048, 4096, 8192)
+TASKS = ("families", "recall", "features")
 FEATURE_MAPS = ("elu_plus_one", "relu", "softmax")
 
 
@@ -67,6 +68,8 @@ class Settings(NamedTuple):
         Where the picture goes.
     json : Path or None
         Where the record goes.
+    task : str
+        Of `TASKS`: what is compared.
     """
 
     lengths: tuple[int, ...] = LENGTHS
@@ -87,6 +90,7 @@ class Settings(NamedTuple):
     qkv: Path | None = None
     plot: Path | None = None
     json: Path | None = None
+    task: str = "families"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         The command's parser.
     """
     add = parser.add_argument
+    about = "families side by side; recall of pairs; error of random features (families)"
+    add("--task", choices=TASKS, default="families", help=about)
     add("--lengths", type=read_lengths, metavar="N,N,...", help="lengths (1024,2048,4096,8192)")
     add("--families", type=_families, default=FAMILIES, metavar="NAME,...", help="(all four)")
     names = [library.name for library in LIBRARIES]
@@ -141,6 +147,9 @@ def read_settings(args: argparse.Namespace) -> Settings:
         If options contradict each other or a file could not be written.
     """
     require_files(plot=args.plot, json=args.json)
+    if args.task != "families" and args.json is not None:
+        msg = f"--json: --task {args.task} writes no record"
+        raise CannotRun(msg)
     window = args.window or ((256, 0) if args.causal else (128, 128))
     return Settings(
         lengths=args.lengths or LENGTHS,
@@ -161,6 +170,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         qkv=args.qkv,
         plot=args.plot,
         json=args.json,
+        task=args.task,
     )
 
 

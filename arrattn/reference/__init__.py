@@ -10,10 +10,13 @@ Letters: `...` batch axes, `Hq` query heads, `Hkv` key/value heads, `Nq` queries
 keys, `D` key width, `Dv` value width, `Dphi` features, `p` a query's position.
 """
 
+from arrattn.reference._delta import delta_attention, delta_steps
 from arrattn.reference._linear import linear_attention, linear_steps
 from arrattn.reference._softmax import local_attention, merge, softmax_attention, sparse_attention
 
 __all__ = [
+    "delta_attention",
+    "delta_steps",
     "linear_attention",
     "linear_steps",
     "local_attention",

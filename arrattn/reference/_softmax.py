@@ -225,7 +225,7 @@ def sparse_attention(
     block_size : int, optional
         Keys per block. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
-        Keys chosen outside the own block, ``ceil(sqrt(Nk))`` by default, or blocks, 8.
+        Keys chosen outside the own block, ``ceil(sqrt(Nk))`` by default, or blocks, 3.
     route : int or None, default: 8
         Blocks searched for keys, the own one not counted; None searches all.
     select : {"keys", "blocks"}, default: "keys"
@@ -287,7 +287,7 @@ def sparse_attention(
         pooled = together.sum(found, holds_one, xp)
     could = together.any(holds_one, xp) & ~(pooled == -math.inf)
     if select == "blocks":
-        count = min(8 if top_k is None else top_k, holds_one.shape[-1])
+        count = min(3 if top_k is None else top_k, holds_one.shape[-1])
         chosen = _best(pooled, could, count, xp)
         keys = xp.take(together.each(chosen, holds_one, xp), j // size, axis=-1)
         seen = seen | (elsewhere & keys)

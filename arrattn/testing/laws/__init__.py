@@ -1,0 +1,34 @@
+"""The laws: each a statement that holds for every attention of some families."""
+
+from arrattn.testing.laws import (
+    agreement,
+    gradients,
+    heads,
+    hidden,
+    keys,
+    limits,
+    linear,
+    precision,
+    scores,
+    time,
+    values,
+    visibility,
+)
+from arrattn.testing.laws.registry import LAWS, Law
+
+__all__ = [
+    "LAWS",
+    "Law",
+    "agreement",
+    "gradients",
+    "heads",
+    "hidden",
+    "keys",
+    "limits",
+    "linear",
+    "precision",
+    "scores",
+    "time",
+    "values",
+    "visibility",
+]
