@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from arrattn import LinearState
-from arrattn.feature_maps import elu_plus_one, read_map
+from arrattn.feature_maps import elu_plus_one
+from arrattn.feature_maps._read import read_map
 from museum.right import Array, Attention, over_batch, taking
 
 LINEAR_OPTIONS: dict[str, Any] = {
