@@ -21,7 +21,7 @@ from arrattn import (
     local_attention,
     sparse_attention,
 )
-from arrattn._core import engine, gated, jobs, loops, native, recurrence, select
+from arrattn._core import engine, gated, jobs, loops, native, recurrence, select, streams
 from arrattn._core.plan import Plan
 from arrattn.explain import Explanation
 from arrattn.patterns import Window
@@ -219,6 +219,13 @@ def test_the_form_named_is_the_form_run(
             return was(*args)
 
         monkeypatch.setitem(recurrence.FORMS, name, record)
+
+    def stream(job: streams.Job, *args: Any) -> Any:
+        taken.append("side by side" if job.is_causal else "all at once")
+        return streamed(job, *args)
+
+    streamed = streams.run
+    monkeypatch.setattr(streams, "run", stream)
     why = explain(linear_attention, X, X, X, **options)
     assert not taken
     linear_attention(X, X, X, **options)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import arrattn
 from arrattn.bench.contestant import Build
@@ -123,7 +124,8 @@ def import_time(lengths: tuple[int, ...], rounds: int | None) -> Measured:
     lengths : tuple of int
         Of no matter here.
     rounds : int or None
-        Interpreters; None is 9. One more comes first, which finds the files.
+        Interpreters; None is 9. One more comes first, which compiles the files as an
+        installation does.
 
     Returns
     -------
@@ -131,7 +133,9 @@ def import_time(lengths: tuple[int, ...], rounds: int | None) -> Measured:
         One number for each interpreter.
     """
     del lengths
-    seconds = [float(_fresh(IMPORT)) for _ in range((rounds or 9) + 1)][1:]
+    with tempfile.TemporaryDirectory() as compiled:
+        cache = {"PYTHONPYCACHEPREFIX": compiled, "PYTHONDONTWRITEBYTECODE": ""}
+        seconds = [float(_fresh(IMPORT, env=cache)) for _ in range((rounds or 9) + 1)][1:]
     return Measured(tuple(1000 * t for t in seconds))
 
 
@@ -157,12 +161,16 @@ def _memory(family: str, lengths: tuple[int, ...], rounds: int | None) -> Measur
     return Measured(tuple(int(_fresh(MEMORY, family, str(n))) / 2**20 for n in lengths))
 
 
-def _fresh(program: str, *args: str) -> str:
+def _fresh(program: str, *args: str, env: dict[str, str] | None = None) -> str:
     """What a program prints in an interpreter of its own, with the arrattn that runs here."""
     here = str(Path(arrattn.__file__).parents[1])
     paths = [here, os.environ.get("PYTHONPATH", "")]
-    env: dict[str, Any] = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    both = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | (env or {})
     done = subprocess.run(
-        [sys.executable, "-c", program, *args], check=True, capture_output=True, text=True, env=env
+        [sys.executable, "-c", program, *args],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=both,
     )
     return done.stdout
