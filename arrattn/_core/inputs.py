@@ -1030,7 +1030,7 @@ def read_sparse(
         per=read["per"],
         score="given" if block_scores is not None else read["score"],
         queries=nq,
-        query_blocks=_query_blocks(nq, block, call.offset),
+        query_blocks=query_blocks(nq, block, call.offset),
         selection=read["selection"],
     )
     reasons = Reasons("sparse_attention")
@@ -1043,7 +1043,7 @@ def read_sparse(
     return call._replace(always=beside, block_scores=scores), choice
 
 
-def _query_blocks(nq: int, size: int, offset: int | Array) -> int:
+def query_blocks(nq: int, size: int, offset: int | Array) -> int:
     """How many blocks the queries' positions lie in; the most, where offsets differ."""
     if nq == 0:
         return 0

@@ -316,14 +316,16 @@ def choose_blocks(
     q: Array,
     rows: Rows,
     finite: bool | None,
+    may: Array | None = None,
 ) -> Array:
     """
     The blocks that are taken or searched, ascending, padded with the number of blocks.
 
-    Ids (..., Hkv, G | 1, n | n / block, route): a row for those who choose together.
+    Ids (..., Hkv, G | 1, n | n / block, route): a row for those who choose together. `may` is
+    what `holds` gives, where that is known.
     """
     xp = call.xp
-    may = holds(call, choice, rows)
+    may = holds(call, choice, rows) if may is None else may
     nb = may.shape[-1]
     s = _for_all(call, choice, rows) if choice.score == "given" else None
     if s is None:

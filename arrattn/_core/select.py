@@ -19,7 +19,6 @@ from arrattn import patterns
 from arrattn._core import (
     engine,
     fold,
-    jobs,
     loops,
     online_softmax,
     routing,
@@ -83,10 +82,14 @@ def attend_selected(
 
 def _selected(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, ...]:
     """Attention to the own block and to what is chosen, without what is always seen."""
-    kind = loops.schedule(call.xp)
-    if kind == "threads" and rows is None and sparse_jobs.takes(choice):
-        return sparse_jobs.attend(call, choice)
-    schedule = _SCHEDULES[kind]
+    if loops.schedule(call.xp) == "threads":
+        tiles = partial(_in_tiles, rows=rows)
+        return sparse_jobs.attend(call, choice, tiles, plain=rows is None)
+    return _in_tiles(call, choice, rows)
+
+
+def _in_tiles(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, ...]:
+    schedule = _SCHEDULES[loops.schedule(call.xp)]
     if choice.per != "block":
         return schedule(call, choice, rows)
     out, lse, *rest = schedule(by_query_blocks(call, choice), choice, rows)
@@ -363,34 +366,30 @@ def _tiles(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[int, 
 
 
 def _select_threads(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tuple[Array, ...]:
-    (hkv, g), (nq, _) = call.heads, call.lengths
-    out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
-    lse = np.empty((*call.batch, hkv, g, nq), call.acc)
-    shape = (*call.batch, hkv, *choice.selection_rows(call.heads), choice.many)
-    selection = np.empty(shape if choice.selection else (*call.batch, hkv, 0), np.int64)
-    finite = fold.all_finite(call)
-    for b in np.ndindex(*call.batch):
-        item = jobs.batch_item(call, b)
-        step, hulls = _tiles(item, choice, rows)
-        for h in range(hkv):
-            head = jobs.head_item(item, h)
-            keys = prepare(head, choice)
-            into = (out[b][h], lse[b][h], selection[b][h])
-            loops.run_jobs(
-                [
-                    partial(
-                        _rows_job,
-                        head,
-                        choice,
-                        keys,
-                        slice(t * step, min((t + 1) * step, nq)),
-                        finite,
-                        hull,
-                        into,
-                    )
-                    for t, hull in enumerate(hulls)
-                ]
+    """One key head of one item, as `sparse_jobs` hands it over."""
+    (_, g), (nq, _) = call.heads, call.lengths
+    out = np.empty((1, g, nq, call.v.shape[-1]), call.acc)
+    lse = np.empty((1, g, nq), call.acc)
+    shape = (1, *choice.selection_rows(call.heads), choice.many)
+    selection = np.empty(shape if choice.selection else (1, 0), np.int64)
+    keys, finite = prepare(call, choice), fold.all_finite(call)
+    step, hulls = _tiles(call, choice, rows)
+    into = (out[0], lse[0], selection[0])
+    loops.run_jobs(
+        [
+            partial(
+                _rows_job,
+                call,
+                choice,
+                keys,
+                slice(t * step, min((t + 1) * step, nq)),
+                finite,
+                hull,
+                into,
             )
+            for t, hull in enumerate(hulls)
+        ]
+    )
     return (out, lse, selection) if choice.selection else (out, lse)
 
 

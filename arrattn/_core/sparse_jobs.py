@@ -1,9 +1,11 @@
 """
 The schedule of sparse attention for NumPy: jobs of (head, span of queries) on a pool of threads.
 
-The queries of a span that look at the same block of keys are brought together, so that all
-scores come from dense products; see `online_softmax` for what is kept of each query. What
-`select` does for all libraries is done here with no padding and as few passes as can be.
+Queries are laid out by the blocks that their positions lie in, so that all own blocks are one
+product. Those that look at the same other block are brought together: its keys are visited once,
+with all of them. Exponentials are summed as they are where no score can be large, and below the
+highest score of the own block elsewhere. What that cannot hold (scores out of range, keys or
+values that are not finite, a bias, a softcap) is left to what all libraries do, in `select`.
 """
 
 from __future__ import annotations
@@ -18,45 +20,72 @@ import numpy as np
 from arrattn import patterns
 from arrattn._core import fold, jobs, loops, routing
 from arrattn._core.gather import LOG2E
-from arrattn._core.inputs import Choice, SoftmaxInputs
-from arrattn._core.plan import make_plan
+from arrattn._core.inputs import Choice, SoftmaxInputs, query_blocks
+from arrattn._core.plan import classify
 from arrattn._core.routing import Rows
 from arrattn._core.tiles import TilePairs
-from arrattn._core.topk import Best, best_of
+from arrattn._core.topk import best_of, kth_largest
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
-#: Scores held at once by one worker: those of a span with the keys of its blocks, and those of
-#: a tile, which should stay in the caches.
-SPAN, TILE = 1 << 22, 1 << 19
+#: Jobs that an item is cut into, if it has so many blocks of queries.
+JOBS = 8
 
-#: Scores of a tile with all keys: its products are the faster the more queries there are.
-EXACT = 1 << 21
+#: Scores held at once: of the keys chosen from, of a batch of own blocks, and of a tile with all
+#: keys, whose products are the faster the more queries it has.
+CHOICES, TILE, EXACT = 1 << 21, 1 << 19, 1 << 21
 
-#: Queries that a block of keys should be visited with, on average.
-MANY = 128
+#: Numbers that exponentials may be taken of without a shift, and of values beside them.
+CALM, MOST_VALUE = 40.0, 1e12
 
-
-class Sight(NamedTuple):
-    """Who sees whom, and where that need not be asked: ``kinds`` by ``rows`` and block."""
-
-    pattern: Pattern | None
-    kinds: Array | None
-    rows: int
-
-    def full(self, i: Array, block: int) -> bool:
-        """Whether queries `i` all see the whole of a block."""
-        if self.pattern is None:
-            return True
-        return self.kinds is not None and bool((self.kinds[i // self.rows, block] == 2).all())
+#: `select` on a head: output, log-sum-exp and selection of it.
+Tiles = Callable[[SoftmaxInputs, Choice], tuple[Array, ...]]
 
 
-def look(call: SoftmaxInputs, pattern: Pattern | None, rows: int, size: int) -> Sight:
-    """The sight of one item through a pattern."""
-    if pattern is None:
-        return Sight(None, None, rows)
-    plan = make_plan(pattern, *call.lengths, call.offset, (rows, size)).merged()
-    return Sight(pattern, plan.kinds, rows)
+def takes(call: SoftmaxInputs, choice: Choice) -> bool:
+    """Whether this schedule knows of such calls."""
+    plain = call.softcap is None and call.bias is None
+    return plain and (choice.select == "blocks" or choice.per == "query")
+
+
+def attend(call: SoftmaxInputs, choice: Choice, tiles: Tiles, *, plain: bool) -> tuple[Array, ...]:
+    """
+    What `select.attend_selected` does, for NumPy arrays, without what is always seen.
+
+    ``tiles(head, choice=...)`` does one head of one item where this cannot, or is not `plain`.
+    """
+    (hkv, g), nq = call.heads, choice.queries
+    out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
+    lse = np.empty((*call.batch, hkv, g, nq), call.acc)
+    shape = (*call.batch, hkv, *choice.selection_rows(call.heads), choice.many)
+    selection = np.full(shape if choice.selection else (*call.batch, hkv, 0), -1, np.int64)
+    plain = plain and takes(call, choice)
+    for b in np.ndindex(*call.batch):
+        item = jobs.batch_item(call, b)
+        own = choice._replace(query_blocks=query_blocks(nq, choice.block, item.offset))
+        calls = [jobs.head_item(item, h) for h in range(hkv)]
+        into = [(out[b][h], lse[b][h], selection[b][h]) for h in range(hkv)]
+        heads: list[Head | None] = [None] * hkv
+
+        def begin(
+            h: int,
+            calls: list[SoftmaxInputs] = calls,
+            own: Choice = own,
+            into: list[tuple[Array, ...]] = into,
+            heads: list[Head | None] = heads,
+        ) -> None:
+            heads[h] = Head.of(calls[h], own, into[h], hkv)
+
+        if plain:
+            loops.run_jobs([partial(begin, h) for h in range(hkv)])
+            loops.run_jobs([job for head in heads if head for job in head.jobs()])
+        for h, head in enumerate(heads):
+            if head is None or head.lost:
+                found = tiles(calls[h], own)
+                into[h][0][...], into[h][1][...] = found[0][0], found[1][0]
+                if choice.selection:
+                    into[h][2][..., : found[2].shape[-2], :] = found[2][0]
+    return (out, lse, selection) if choice.selection else (out, lse)
 
 
 class FlatPairs:
@@ -87,6 +116,23 @@ class FlatPairs:
         return x[0][tuple(0 if n == 1 else a for n, a in zip(x.shape[-3:], at, strict=True))]
 
 
+class Span(NamedTuple):
+    """
+    Query blocks ``[t0, t1)`` of all query heads, as rows (G * blocks * size), and their sums.
+
+    Rows that are no queries of the call stand in the first and the last block of all.
+    """
+
+    t0: int
+    t1: int
+    q: Array  # (R, D), scaled
+    i: Array  # (blocks * size,), indices of queries, clipped to those there are
+    real: slice  # which of these are queries
+    m: Array | None  # (R, 1), what is taken off the scores, if anything is
+    total: Array  # (R, 1), sums of exponentials
+    sums: Array  # (R, Dv), sums of values times exponentials
+
+
 class Head:
     """
     One key head of one item, with its query heads: what its jobs share.
@@ -99,617 +145,488 @@ class Head:
         What is chosen.
     into : tuple of arrays
         Where output, log-sum-exp and selection go: (G, Nq, ·), (G, Nq) and (G | 1, rows, count).
-    sights : tuple of Sight, optional
-        Of the own block, and of what can be chosen; made here where heads differ.
+    k, v : arrays, shapes (Nk, D) and (Nk, Dv)
+        Finite keys and values.
+    calm : bool
+        Whether no score is above `CALM`.
+    heads : int
+        How many there are of them in the item.
     """
 
     def __init__(
         self,
         call: SoftmaxInputs,
         choice: Choice,
-        into: tuple[Array, Array, Array],
-        sights: tuple[Sight, Sight] | None,
+        into: tuple[Array, ...],
+        k: Array,
+        v: Array,
+        *,
+        calm: bool,
+        heads: int,
     ) -> None:
-        self.call, self.choice = call, choice
-        self.own, self.free = sights or _sights(call, choice)
+        self.call, self.choice, self.calm, self.heads = call, choice, calm, heads
         self.out, self.lse, self.selection = into
-        self.k, self.bad_keys = _clean(fold.enter(call, call.k[0]), whole=True)
-        self.v, self.bad_values = _clean(fold.enter(call, call.v[0]), whole=False)
+        self.lost = False
+        self.g, self.nk, self.size = call.heads[1], call.lengths[1], choice.block
+        offset = int(call.offset)
+        self.lead, self.first = offset % self.size, offset // self.size
+        self.n_blocks = -(-self.nk // self.size)
+        self.query_blocks = -(-(self.lead + choice.queries) // self.size)
+        self.k, self.v = k, v
+        self.kt = np.ascontiguousarray(_blocks(k, self.size).swapaxes(-1, -2))
+        self.values = _blocks(v, self.size)
         # A positive power of two changes no digit: it can come before the product.
         exact = call.scale > 0 and math.frexp(call.scale)[0] == 0.5
         self.before, self.after = (call.scale, 1.0) if exact else (1.0, call.scale)
-        self.plain = call.softcap is None and call.bias is None
         self.unit = LOG2E
-        if self.plain and choice.select == "blocks":  # no choice depends on these scores
+        if choice.select == "blocks":  # no choice depends on these scores
             self.before, self.after, self.unit = call.scale * LOG2E, 1.0, 1.0
-        bounds = choice.exhaustive and (choice.score != "bound" or call.bias is not None)
-        self.guide = None if bounds else routing.guides(call, choice)
-        self.size, self.nk = choice.block, call.lengths[1]
-        self.n_blocks = -(-self.nk // self.size)
+        self.free = patterns.both(call.pattern, None if call.always is None else ~call.always)
+        self.own_kinds = self._kinds(call.pattern)
+        self.kinds = self.own_kinds if call.always is None else self._kinds(self.free)
+        if self.kinds is not None and call.always is None:
+            self.kinds = self.kinds.copy()
+        elif self.kinds is None:
+            self.kinds = np.full((self.query_blocks, self.n_blocks), 2, np.uint8)
+        own = np.arange(self.query_blocks) + self.first
+        there = np.flatnonzero((own >= 0) & (own < self.n_blocks))
+        self.own = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
+        self.kinds[there, own[there]] = 0
+        self.ragged = (self.kinds == 1).any(axis=0)
+        self.guide = None if choice.exhaustive else routing.guides(call, choice)
 
-    def block(self, b: int) -> slice:
-        """The keys of a block."""
-        return slice(b * self.size, min((b + 1) * self.size, self.nk))
+    @classmethod
+    def of(
+        cls, call: SoftmaxInputs, choice: Choice, into: tuple[Array, ...], heads: int
+    ) -> Head | None:
+        """The head, or None if its numbers are not for this schedule."""
+        k, v = (fold.enter(call, x[0]) for x in (call.k, call.v))
+        (nq, nk), offset = (choice.queries, len(k)), int(call.offset)
+        if nk % choice.block and offset < nk + -nk % choice.block and nk < offset + nq:
+            return None  # queries that lie in the last block, but behind its keys, have no own one
+        if not (np.isfinite(k.sum()) and np.isfinite(v.sum())):
+            seen = routing.seen_by_any(call, choice.queries)
+            if seen is None:
+                return None
+            seen = seen.any(axis=tuple(range(seen.ndim - 1)))[:, None]
+            k, v = np.where(seen, k, 0), np.where(seen, v, 0)
+        q = fold.enter(call, call.q[0])
+        reach = math.sqrt(_square(q) * _square(k)) * abs(call.scale)
+        most = float(np.max(np.abs(v), initial=0))
+        if call.sinks is not None:
+            sink = np.abs(call.sinks[call.sinks != -math.inf])
+            reach = max(reach, float(sink.max(initial=0)))
+        if not reach < 1e30 or not most < MOST_VALUE:
+            return None
+        return cls(call, choice, into, k, v, calm=reach <= CALM, heads=heads)
 
-    def scores(self, q: Array, g: Array, i: Array, keys: slice, sight: Sight) -> Array:
+    def _kinds(self, pattern: Pattern | None) -> Array | None:
+        """Kinds of tiles, (query blocks, key blocks); None where everything is visible."""
+        if pattern is None:
+            return None
+        nq, size = self.choice.queries, self.size
+        starts = np.arange(self.query_blocks) * size - self.lead
+        at = np.arange(self.n_blocks) * size
+        stops = np.minimum(starts + size, nq)
+        ends = np.minimum(at + size, self.nk)
+        offset = int(self.call.offset)
+        some, every = classify(pattern, np.maximum(starts, 0), stops, at, ends, offset)
+        lead = tuple(range(some.ndim - 2))
+        some, every = some.any(lead), every.all(lead)
+        return np.where(some, np.where(every, 2, 1), 0).astype(np.uint8)
+
+    def jobs(self) -> Iterator[Callable[[], None]]:
+        """All that is to be done."""
+        choice, many = self.choice, self.query_blocks
+        step = max(1, -(-many * self.heads // JOBS))
+        run = self._blocks_job
+        if choice.exhaustive:
+            run = self._exact_job
+            step = max(1, min(step, EXACT // (self.g * self.nk * self.size)))
+        elif choice.select == "keys":
+            run = self._keys_job
+        for t in range(0, many, step):
+            yield partial(self._watched, run, t, min(t + step, many))
+
+    def _watched(self, run: Callable[[Span], None], t0: int, t1: int) -> None:
+        if self.lost:
+            return
+        span = self._span(t0, t1)
+        self._own_blocks(span)
+        if span.m is not None and not self._shifted(span):
+            self.lost = True
+            return
+        run(span)
+        self._finish(span)
+
+    # -- Spans --------------------------------------------------------------------------------
+
+    def _span(self, t0: int, t1: int) -> Span:
+        """The rows of query blocks, with empty sums."""
+        call, size, nq, acc = self.call, self.size, self.choice.queries, self.call.acc
+        n, i0 = (t1 - t0) * size, t0 * size - self.lead
+        i = np.arange(i0, i0 + n)
+        real = slice(max(-i0, 0), min(nq - i0, n))
+        q = loops.work_space("queries", (self.g, n, call.q.shape[-1]), acc)
+        q[:, : real.start], q[:, real.stop :] = 0, 0
+        here = call.q[0, :, i0 + real.start : i0 + real.stop]
+        np.multiply(here, np.asarray(self.before, acc), out=q[:, real], dtype=acc)
+        rows = self.g * n
+        m = None if self.calm else loops.work_space("shifts", (rows, 1), acc)
+        total = loops.work_space("totals", (rows, 1), acc)
+        sums = loops.work_space("sums", (rows, self.v.shape[1]), acc)
+        for x, value in ((m, -math.inf), (total, 0), (sums, 0)):
+            if x is not None:
+                x[...] = value
+        q = q.reshape(rows, -1)
+        return Span(t0, t1, q, np.clip(i, 0, max(nq - 1, 0)), real, m, total, sums)
+
+    def _shifted(self, span: Span) -> bool:
+        """Whether every query has a shift; rows that are no queries are given one."""
+        m: Any = span.m
+        by_head = m.reshape(self.g, -1)
+        by_head[:, : span.real.start], by_head[:, span.real.stop :] = 0, 0
+        return bool((m != -math.inf).all())
+
+    def _finish(self, span: Span) -> None:
+        """Write output and log-sum-exp."""
+        call, (_, _, _, _, real, m, total, sums) = self.call, span
+        if call.sinks is not None:
+            sinks = np.repeat(call.sinks.reshape(-1, 1) * LOG2E, len(span.i), axis=0)
+            total += np.exp2(sinks if m is None else sinks - m * self.unit)
+        if not (np.isfinite(total.sum()) and np.isfinite(sums.sum())):
+            self.lost = True
+            return
+        none = total == 0
+        if none.any():
+            total[none] = 1
+        np.divide(sums, total, out=sums)
+        found = np.log(total, out=total)
+        if m is not None:
+            found += m * np.asarray(self.unit / LOG2E, found.dtype)
+        found[none] = -math.inf
+        at = slice(int(span.i[real.start]), int(span.i[real.start]) + real.stop - real.start)
+        self.out[:, at] = sums.reshape(self.g, -1, sums.shape[1])[:, real]
+        self.lse[:, at] = found.reshape(self.g, -1)[:, real]
+
+    def _add(self, span: Span, at: Any, p: Array, block: int) -> None:
+        """Add exponentials ``p (r, size)`` of the keys of a block to the rows `at`."""
+        r, dv = len(p), self.v.shape[1]
+        o, more = (loops.work_space(slot, (r, dv), p.dtype) for slot in ("row sums", "values"))
+        np.matmul(p, self.values[block], out=more)
+        np.take(span.sums, at, axis=0, out=o, mode="clip")
+        o += more
+        span.sums[at] = o
+        span.total[at] += loops.row_sums(p, xp=np)
+
+    def _exp(self, s: Array, m: Array | None) -> Array:
+        """Exponentials of scores, in place; `m` is taken off them."""
+        if m is not None:
+            s -= m
+        if self.unit != 1.0:
+            s *= np.asarray(self.unit, s.dtype)
+        return np.exp2(s, out=s)
+
+    # -- The own block ------------------------------------------------------------------------
+
+    def _own_blocks(self, span: Span) -> None:
+        g, size, many = self.g, self.size, span.t1 - span.t0
+        a, b = max(self.own.start, span.t0), min(self.own.stop, span.t1)
+        at_once = max(1, TILE // (g * size * size))
+        q, total, sums = (x.reshape(g, many, size, -1) for x in (span.q, span.total, span.sums))
+        m = None if span.m is None else span.m.reshape(g, many, size, 1)
+        for t in range(a, b, at_once):
+            stop = min(t + at_once, b)
+            rows: Any = (slice(None), slice(t - span.t0, stop - span.t0))
+            keys = slice(t + self.first, stop + self.first)
+            s = loops.work_space("scores", (g, stop - t, size, size), q.dtype)
+            np.matmul(q[rows], self.kt[keys], out=s)
+            if self.after != 1.0:
+                s *= np.asarray(self.after, s.dtype)
+            self._hide_own(s, span, t)
+            if m is not None:
+                np.max(s, axis=-1, keepdims=True, out=m[rows])
+                m[rows][m[rows] == -math.inf] = 0
+                m[rows] = np.where((s == -math.inf).all(axis=-1, keepdims=True), -math.inf, m[rows])
+            self._exp(s, None if m is None else np.where(m[rows] == -math.inf, 0, m[rows]))
+            total[rows] = np.matmul(s, loops.ones_column(size, s.dtype))
+            np.matmul(s, self.values[keys], out=sums[rows])
+
+    def _hide_own(self, s: Array, span: Span, t: int) -> None:
+        """Hide what is not seen of own blocks: scores ``(G, blocks, size, size)`` from `t` on."""
+        size, pattern, kinds = self.size, self.call.pattern, self.own_kinds
+        last = self.n_blocks - 1 - self.first - t
+        if last < s.shape[1] and self.nk % size:
+            s[:, last, :, self.nk % size :] = -math.inf
+        if pattern is None or kinds is None:
+            return
+        every = np.arange(t, t + s.shape[1])
+        some = np.flatnonzero(kinds[every, every + self.first] != 2)
+        if not len(some):
+            return
+        if pattern.relative:
+            np.copyto(s, -math.inf, where=_hidden(pattern, size))
+            return
+        for n in some.tolist():
+            rows = np.arange(size) + (t + n - span.t0) * size
+            for h in range(self.g):
+                at = rows + h * len(span.i)
+                self._hide(s[h, n], pattern, span, at, t + n + self.first)
+
+    def _each_head(self, rows: Array, span: Span) -> Array:
+        return (np.arange(self.g)[:, None] * len(span.i) + rows).reshape(-1)
+
+    def _hide(self, s: Array, pattern: Pattern, span: Span, rows: Array, block: int) -> None:
+        """Hide what rows of a span do not see of a block, in ``s (r, size)``."""
+        g, at = np.divmod(rows, len(span.i))
+        j0 = block * self.size
+        j = np.arange(j0, min(j0 + self.size, self.nk))[None, :]
+        pairs = FlatPairs(g[:, None], span.i[at][:, None], j, int(self.call.offset))
+        np.copyto(s[:, : j.shape[1]], -math.inf, where=~pattern.visible(pairs))
+
+    # -- Other blocks -------------------------------------------------------------------------
+
+    def _visits(self, ids: Array) -> Iterator[tuple[Array, slice, int]]:
+        """Each block that is chosen, with the places in ``ids (units, route)`` that chose it."""
+        flat = ids.reshape(-1)
+        narrow = flat.astype(np.int16 if self.n_blocks < 1 << 15 else np.int64, copy=False)
+        order = np.argsort(narrow, kind="stable")
+        edges = np.searchsorted(narrow[order], np.arange(self.n_blocks + 1)).tolist()
+        for b in range(self.n_blocks + 1):
+            a, e = edges[b], edges[b + 1] if b < self.n_blocks else len(flat)
+            if a < e:
+                yield order[a:e], slice(a, e), b
+
+    def _scores(self, span: Span, rows: Array, block: int, out: Array) -> None:
+        """Scores ``out (r, size)`` of rows with the keys of another block."""
+        x = loops.work_space("chosen queries", (len(rows), span.q.shape[1]), out.dtype)
+        np.take(span.q, rows, axis=0, out=x, mode="clip")
+        np.matmul(x, self.kt[block], out=out)
+        if self.after != 1.0:
+            out *= np.asarray(self.after, out.dtype)
+        if self.ragged[block]:
+            pattern: Any = self.free
+            self._hide(out, pattern, span, rows, block)
+        if block == self.n_blocks - 1 and self.nk % self.size:
+            out[:, self.nk % self.size :] = -math.inf
+
+    def _blocks_job(self, span: Span) -> None:
+        """Whole blocks, chosen by each row, by all heads together, or by all rows of a block."""
+        size, route = self.size, self.choice.route
+        if not route:
+            return
+        together = self.choice.per == "block"
+        ids = self._chosen_together(span) if together else self._chosen(span)
+        for pairs, _, block in self._visits(ids):
+            if block == self.n_blocks:
+                break
+            rows = pairs // route
+            if together:
+                rows = (rows[:, None] * size + np.arange(size)).reshape(-1)
+            s = loops.work_space("scores", (len(rows), size), span.q.dtype)
+            self._scores(span, rows, block, s)
+            self._add(span, rows, self._exp(s, None if span.m is None else span.m[rows]), block)
+
+    def _chosen(self, span: Span) -> Array:
+        """The blocks of each row, ``(R, route)``, ascending, padded with the number of blocks."""
+        call, choice = self.call, self.choice
+        many = 1 if choice.per == "group" else self.g
+        ids = np.full((many, len(span.i), choice.route), self.n_blocks)
+        real = np.arange(len(span.i))[span.real]
+        for a in range(0, len(real), 512):
+            part = real[a : a + 512]
+            i0, i1 = int(span.i[part[0]]), int(span.i[part[-1]]) + 1
+            may = None
+            if not self.ragged.any():
+                kinds: Any = self.kinds
+                may = kinds[span.t0 + part // self.size] == 2
+            q = fold.enter(call, call.q[..., i0:i1, :])
+            rows = Rows(i0, i1 - i0)
+            found = routing.choose_blocks(call, choice, self.guide, q, rows, None, may)[0]
+            ids[:, part] = found
+            if choice.selection and choice.select == "blocks":
+                self.selection[:, i0:i1] = np.where(found == self.n_blocks, -1, found)
+        return np.broadcast_to(ids, (self.g, *ids.shape[1:])).reshape(-1, choice.route)
+
+    def _chosen_together(self, span: Span) -> Array:
+        """The blocks of each block of queries, ``(G * blocks, route)``."""
+        call, choice, size = self.call, self.choice, self.size
+        ids = self._pooled(span)
+        if ids is None:
+            parts = []
+            step = max(1, (1 << 12) // size)
+            for t in range(span.t0, span.t1, step):
+                n = (min(t + step, span.t1) - t) * size
+                raw = np.arange(t * size, t * size + n)[:, None] - self.lead
+                there = (raw >= 0) & (raw < choice.queries)
+                i = np.clip(raw, 0, choice.queries - 1)
+                q = np.where(there, fold.enter(call, call.q[..., i[:, 0], :]), 0)
+                rows = Rows(t * size, n, i, raw + call.offset, there)
+                parts.append(routing.choose_blocks(call, choice, self.guide, q, rows, None)[0])
+            ids = np.concatenate(parts, axis=-2)
+        if choice.selection:
+            self.selection[:, span.t0 : span.t1] = np.where(ids == self.n_blocks, -1, ids)
+        return ids.reshape(-1, choice.route)
+
+    def _pooled(self, span: Span) -> Array | None:
+        """The same from the sum of the queries, where all of a block may choose the same."""
+        choice, size, guide = self.choice, self.size, self.guide
+        kinds: Any = self.kinds
+        if guide is None or (kinds[span.t0 : span.t1] == 1).any():
+            return None
+        q = np.multiply(span.q, np.asarray(self.call.scale / self.before, span.q.dtype))
+        if choice.score == "bound":
+            q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
+        q = q.reshape(self.g, -1, size, q.shape[-1]).sum(axis=-2)
+        s = np.matmul(q, guide[0].swapaxes(-1, -2))
+        may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
+        return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)
+
+    # -- Keys of other blocks -----------------------------------------------------------------
+
+    def _keys_job(self, span: Span) -> None:
+        """The best keys of the blocks that each row looks into."""
+        route = self.choice.route
+        if not route:
+            return
+        ids = self._chosen(span)
+        step = max(CHOICES // (route * self.size), 1)
+        for a in range(0, len(ids), step):
+            self._keys_of(span, a, ids[a : a + step])
+
+    def _keys_of(self, span: Span, first: int, ids: Array) -> None:
+        """The best keys of the rows from `first` on."""
+        size, (n, route), acc = self.size, ids.shape, span.q.dtype
+        s = loops.work_space("chosen scores", (n * route, size), acc)
+        place, row = np.empty(n * route, np.int64), np.empty(n * route, np.int64)
+        visits = []
+        for pairs, at, block in self._visits(ids):
+            place[pairs] = np.arange(at.start, at.stop)
+            rows = pairs // route + first
+            row[at] = rows
+            if block == self.n_blocks:
+                s[at] = -math.inf
+            else:
+                self._scores(span, rows, block, s[at])
+                visits.append((rows, at, block))
+        chosen = self._best(s, place, row - first, n)
+        if self.choice.selection:
+            self._note_keys(span, chosen, ids, place, first)
+        step = max(TILE // size, 1)
+        for a in range(0, len(s), step):
+            part = slice(a, a + step)
+            p = self._exp(s[part], None if span.m is None else span.m[row[part]])
+            np.multiply(p, chosen[part], out=p)
+        for rows, at, block in visits:
+            self._add(span, rows, s[at], block)
+
+    def _best(self, s: Array, place: Array, row: Array, n: int) -> Array:
+        """Which of the scores ``s (pairs, size)`` are the best of their row of `n`."""
+        k, size = self.choice.top_k, self.size
+        wide = loops.work_space("by row", (len(place), size), s.dtype)
+        np.take(s, place, axis=0, out=wide, mode="clip")
+        wide = wide.reshape(n, -1)
+        bound = np.maximum(kth_largest(wide, k), np.finfo(s.dtype).min)
+        chosen = np.greater_equal(s, bound[row, None])
+        count = np.count_nonzero(chosen, axis=-1)[place].reshape(n, -1).sum(axis=-1)
+        for r in np.flatnonzero(count > k).tolist():  # ties: the first ones
+            at = place.reshape(n, -1)[r]
+            mine = chosen[at].reshape(-1)
+            tied = mine & (s[at].reshape(-1) == bound[r])
+            mine &= ~tied | (np.cumsum(tied) <= k - np.count_nonzero(mine & ~tied))
+            chosen[at] = mine.reshape(-1, size)
+        return chosen
+
+    def _note_keys(self, span: Span, chosen: Array, ids: Array, place: Array, first: int) -> None:
+        """Write down which keys were chosen, ascending."""
+        n = len(ids)
+        rows, at = np.nonzero(chosen[place].reshape(n, -1))
+        slot, within = np.divmod(at, self.size)
+        self._note(span, rows + first, ids[rows, slot] * self.size + within)
+
+    def _note(self, span: Span, rows: Array, keys: Array) -> None:
+        """Write down keys of rows, which ascend."""
+        starts = np.searchsorted(rows, rows)
+        g, at = np.divmod(rows, len(span.i))
+        real = (at >= span.real.start) & (at < span.real.stop)
+        place = (g, span.i[at], np.arange(len(rows)) - starts)
+        self.selection[tuple(x[real] for x in place)] = keys[real]
+
+    # -- Keys among all -----------------------------------------------------------------------
+
+    def _exact_job(self, span: Span) -> None:
+        """The best of all keys outside the own block."""
+        kinds: Any = self.kinds
+        blocks = np.flatnonzero(kinds[span.t0 : span.t1].any(axis=0))
+        if not len(blocks):
+            return
+        s, j = self._all_scores(span, blocks)
+        best = best_of(s.T, self.choice.top_k)
+        rows, at = np.nonzero(best.chosen)
+        keys = j[best.columns[rows, at]]
+        if self.choice.selection:
+            self._note(span, rows, keys)
+        self._pick(span, rows, keys, best.scores[rows, at])
+
+    def _all_scores(self, span: Span, blocks: Array) -> tuple[Array, Array]:
         """
-        Scores of rows ``q (R, D)`` with a range of keys, ``-inf`` where hidden.
+        Scores with all keys of these blocks, ``(m, R)``, and which keys they are.
 
-        In units of which `unit` makes log 2, in memory that lives until this thread's next.
+        Keys come first: BLAS is faster at the product that has many rows.
         """
-        s = np.matmul(
-            q,
-            self.k[keys].T,
-            out=loops.work_space("scores", (len(q), keys.stop - keys.start), q.dtype),
-        )
+        j0, j1 = int(blocks[0]) * self.size, min((int(blocks[-1]) + 1) * self.size, self.nk)
+        s = loops.work_space("all scores", (j1 - j0, len(span.q)), span.q.dtype)
+        np.matmul(self.k[j0:j1], span.q.T, out=s)
         if self.after != 1.0:
             s *= np.asarray(self.after, s.dtype)
-        full = sight.full(i, keys.start // self.size) and keys.stop - keys.start <= self.size
-        if full and self.plain and self.bad_keys is None:
-            return s
-        columns = np.arange(keys.start, keys.stop)[None, :]
-        pairs = FlatPairs(g[:, None], i[:, None], columns, int(self.call.offset))
-        if not self.plain:
-            s = fold.adjust(self.call, s, pairs)
-        if self.bad_keys is not None:
-            s[:, self.bad_keys[keys]] = math.nan
-        if not full and sight.pattern is not None:
-            seen = sight.pattern.visible(pairs)
-            np.copyto(s, -math.inf, where=~seen)
-        return s
+        kinds: Any = self.kinds[span.t0 : span.t1]  # type: ignore[index]
+        for b in range(int(blocks[0]), int(blocks[-1]) + 1):
+            part = s[b * self.size - j0 : (b + 1) * self.size - j0].T
+            for t in np.flatnonzero(kinds[:, b] != 2).tolist():
+                rows = self._each_head(np.arange(t * self.size, (t + 1) * self.size), span)
+                if kinds[t, b] == 0:
+                    part[rows] = -math.inf
+                    continue
+                hidden: Any = part[rows]
+                self._hide(hidden, self.free, span, rows, b)  # type: ignore[arg-type]
+                part[rows] = hidden
+        return s, np.arange(j0, j1)
 
-    def values(self, p: Array, seen: Array | None, keys: slice, slot: str) -> Array:
-        """Values of a range of keys, weighted with `p` and summed; NaN where a bad one is seen."""
-        v = self.v[keys]
-        o = np.matmul(p, v, out=loops.work_space(slot, (len(p), v.shape[1]), p.dtype))
-        if seen is not None and self.bad_values is not None and self.bad_values[keys].any():
-            o[seen.astype(p.dtype) @ self.bad_values[keys].astype(p.dtype) > 0] = math.nan
-        return o
-
-
-def _clean(x: Array, *, whole: bool) -> tuple[Array, Array | None]:
-    """`x (Nk, D)` without what is not finite, and where that was: in `whole` rows, or each."""
-    if np.isfinite(x.sum()):
-        return x, None
-    bad = ~np.isfinite(x)
-    if not bad.any():
-        return x, None
-    bad = bad.any(axis=-1) if whole else bad
-    return np.where(bad[:, None] if whole else bad, 0, x), bad
-
-
-class State:
-    """
-    Maximum, sum and weighted sum of `n` rows, in units of log 2; `sinks` (n, 1) or None.
-    """
-
-    def __init__(self, n: int, head: Head, sinks: Array | None) -> None:
-        dv, dtype = head.v.shape[1], head.v.dtype
-        self.watched, self.unit = head.bad_values is not None, head.unit
-        self.m = loops.work_space("maxima", (n, 1), dtype)
-        self.l = loops.work_space("totals", (n, 1), dtype)
-        self.o = loops.work_space("sums", (n, dv), dtype)
-        self.m[...] = -math.inf if sinks is None else sinks * LOG2E
-        self.l[...] = 0 if sinks is None else np.where(sinks == -math.inf, 0, 1)
-        self.o[...] = 0
-
-    def absorb(
-        self,
-        at: Any,
-        s: Array,
-        values: Callable[[Array, Array | None], Array],
-    ) -> None:
-        """
-        Add scores ``s (r, m)``, in the head's units, of the rows `at`, which differ; uses `s` up.
-
-        ``values(p, seen)`` weighs and sums the values.
-        """
-        if self.unit != 1.0:
-            np.multiply(s, np.asarray(self.unit, s.dtype), out=s)
-        before = self.m[at]
-        top = np.maximum(before, s.max(axis=-1, keepdims=True, initial=-math.inf))
-        shift = np.where(top == -math.inf, 0, top)
-        seen = s != -math.inf if self.watched else None
-        np.exp2(np.subtract(s, shift, out=s), out=s)
-        decay = np.exp2(before - shift)
-        self.l[at] = self.l[at] * decay + loops.row_sums(s, xp=np)
-        self.o[at] = self.o[at] * decay + values(s, seen)
-        self.m[at] = top
-
-    def finish(self, out: Array, lse: Array) -> None:
-        """Write outputs (R, Dv) and log-sum-exps (R,)."""
-        none = self.l == 0
-        total = np.where(none, 1, self.l)
-        np.divide(self.o, total, out=self.o)
-        m = np.where(self.m == -math.inf, 0, self.m) if none.any() else self.m
-        found = (m + np.log2(total)) * np.asarray(1 / LOG2E, total.dtype)
-        np.copyto(found, self.m * np.asarray(1 / LOG2E, total.dtype), where=none)
-        out[...] = self.o.reshape(out.shape)
-        lse[...] = found.reshape(lse.shape)
+    def _pick(self, span: Span, rows: Array, keys: Array, scores: Array) -> None:
+        """Add keys of rows, which ascend, to their sums."""
+        count = np.bincount(rows, minlength=len(span.q))
+        width, acc = int(count.max(initial=0)), span.q.dtype
+        if not width:
+            return
+        starts = np.cumsum(count) - count
+        at = rows * width + np.arange(len(rows)) - starts[rows]
+        p = np.full(len(span.q) * width, -math.inf, acc)
+        j = np.zeros(len(p), np.int64)
+        p[at], j[at] = scores, keys
+        p = self._exp(p.reshape(-1, width), span.m)
+        j = j.reshape(p.shape)
+        dv = self.v.shape[1]
+        step = max(1, (1 << 16) // (width * dv))
+        for a in range(0, len(p), step):
+            here = j[a : a + step]
+            v = loops.work_space("picked", (*here.shape, dv), acc)
+            np.take(self.v, here, axis=0, out=v, mode="clip")
+            span.sums[a : a + step] += np.matmul(p[a : a + step, None, :], v)[:, 0]
+        span.total[...] += loops.row_sums(p, xp=np)
 
 
-# -- Jobs -------------------------------------------------------------------------------------
+def _square(x: Array) -> float:
+    """The largest sum of squares of a row."""
+    return float(np.vecdot(x, x).max(initial=0))
 
 
-def takes(choice: Choice) -> bool:
-    """Whether this schedule does such a call: all but keys that several choose together."""
-    return choice.select == "blocks" or choice.per == "query"
-
-
-def attend(call: SoftmaxInputs, choice: Choice) -> tuple[Array, ...]:
-    """What `select.attend_selected` does, for NumPy arrays, without what is always seen."""
-    (hkv, g), nq = call.heads, choice.queries
-    out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
-    lse = np.empty((*call.batch, hkv, g, nq), call.acc)
-    shape = (*call.batch, hkv, *choice.selection_rows(call.heads), choice.many)
-    selection = np.empty(shape if choice.selection else (*call.batch, hkv, 0), np.int64)
-    for b in np.ndindex(*call.batch):
-        item = jobs.batch_item(call, b)
-        alike = item.pattern is None or item.pattern.relative
-        alike = alike and (item.always is None or item.always.relative)
-        sights = _sights(item, choice) if alike else None
-        heads: list[Any] = [None] * hkv
-        loops.run_jobs(
-            [
-                partial(
-                    _begin, heads, h, item, choice, (out[b][h], lse[b][h], selection[b][h]), sights
-                )
-                for h in range(hkv)
-            ]
-        )
-        loops.run_jobs([job for head in heads for job in _jobs(head)])
-    return (out, lse, selection) if choice.selection else (out, lse)
-
-
-def _begin(
-    heads: list[Any],
-    h: int,
-    item: SoftmaxInputs,
-    choice: Choice,
-    into: tuple[Array, Array, Array],
-    sights: tuple[Sight, Sight] | None,
-) -> None:
-    heads[h] = Head(jobs.head_item(item, h), choice, into, sights)
-
-
-def _sights(call: SoftmaxInputs, choice: Choice) -> tuple[Sight, Sight]:
-    not_always = None if call.always is None else ~call.always
-    free = patterns.both(call.pattern, not_always)
-    rows = choice.block
-    if choice.exhaustive:
-        rows = _tile_rows(call, choice)
-        free = patterns.both(free, ~patterns.OwnBlock(choice.block, call.lengths[1]))
-    return look(call, call.pattern, rows, choice.block), look(call, free, rows, choice.block)
-
-
-def _tile_rows(call: SoftmaxInputs, choice: Choice) -> int:
-    (_, g), (_, nk) = call.heads, call.lengths
-    return min(max(EXACT // (g * nk), 16), max(choice.queries, 1))
-
-
-def _span(call: SoftmaxInputs, choice: Choice) -> int:
-    """How many queries a job has."""
-    (_, g), nk = call.heads, call.lengths[1]
-    nq, size = choice.queries, choice.block
-    if choice.exhaustive:
-        return _tile_rows(call, choice) * 4
-    if choice.select == "blocks":
-        span = max(MANY * -(-nk // size) // (max(choice.route, 1) * g), -(-nq // 8))
-    else:
-        span = SPAN // (max(choice.route, 1) * size * g)
-    return max(min(-(-span // 64) * 64, nq), 64)
-
-
-def _jobs(head: Head) -> Iterator[Callable[[], None]]:
-    call, choice = head.call, head.choice
-    if choice.per == "block":
-        ids = _chosen_together(head)
-        step = max(1, TILE // (2 * choice.block * choice.block * (choice.route + 1)))
-        for t in range(0, choice.query_blocks, step):
-            stop = min(t + step, choice.query_blocks)
-            yield partial(_query_blocks, head, t, stop, ids[:, t:stop])
-        return
-    run = _exact_job if choice.exhaustive else _span_job
-    step = _span(call, choice)
-    for i0 in range(0, choice.queries, step):
-        yield partial(run, head, i0, min(i0 + step, choice.queries))
-
-
-def _rows_of(head: Head, i0: int, i1: int) -> tuple[Array, Array, Array, State]:
-    """Queries (R, D) of all query heads, ``g`` and ``i`` of each row, and an empty state."""
-    call = head.call
-    g = call.heads[1]
-    q = fold.enter(call, call.q[0, :, i0:i1]).reshape(g * (i1 - i0), -1)
-    q = np.multiply(q, np.asarray(head.before, q.dtype))
-    gs, at = np.repeat(np.arange(g), i1 - i0), np.tile(np.arange(i0, i1), g)
-    sinks = None
-    if call.sinks is not None:
-        sinks = np.repeat(call.sinks.reshape(g, 1), i1 - i0, axis=0)
-    return q, gs, at, State(len(q), head, sinks)
-
-
-def _absorb_own(head: Head, q: Array, g: Array, i: Array, state: State, i0: int, i1: int) -> None:
-    """The own blocks of queries ``[i0, i1)``."""
-    offset, size = int(head.call.offset), head.size
-    first, last = max(i0, -offset), min(i1, head.nk - offset)
-    many, n = head.call.heads[1], i1 - i0
-    while first < last:
-        b = (first + offset) // size
-        stop = min(last, (b + 1) * size - offset)
-        rows: Any = slice(first - i0, stop - i0)
-        if many > 1:
-            rows = (np.arange(many)[:, None] * n + np.arange(first - i0, stop - i0)).reshape(-1)
-        keys = head.block(b)
-        s = _own_scores(head, q[rows], g[rows], i[rows], keys, (first, stop))
-        state.absorb(rows, s, partial(head.values, keys=keys, slot="values"))
-        first = stop
-
-
-def _own_scores(
-    head: Head, q: Array, g: Array, i: Array, keys: slice, span: tuple[int, int]
-) -> Array:
-    pattern, offset = head.own.pattern, int(head.call.offset)
-    if pattern is None or not pattern.relative or head.own.full(i, keys.start // head.size):
-        return head.scores(q, g, i, keys, head.own)
-    s = head.scores(q, g, i, keys, Sight(None, None, 1))
-    n, m = span[1] - span[0], keys.stop - keys.start
-    hidden = _hidden(pattern, span[0] + offset - keys.start, n, m)
-    np.copyto(s.reshape(-1, n, m), -math.inf, where=hidden)
-    return s
+def _blocks(x: Array, size: int) -> Array:
+    """``(Nk, D)`` as blocks, the last filled up with zeros."""
+    return routing.blocked(np.ascontiguousarray(x), size, axis=-2, xp=np)
 
 
 @lru_cache(maxsize=32)
-def _hidden(pattern: Pattern, at: int, n: int, m: int) -> Array:
-    """What queries at positions ``[at, at + n)`` do not see of keys ``[0, m)``."""
-    seen = ~pattern.visible(TilePairs(0, n, 0, m, at, xp=np, device=None))
-    return np.broadcast_to(seen, (n, m))
-
-
-# -- Blocks chosen for each query, and keys within them ---------------------------------------
-
-
-def _span_job(head: Head, i0: int, i1: int) -> None:
-    choice = head.choice
-    q, g, i, state = _rows_of(head, i0, i1)
-    _absorb_own(head, q, g, i, state, i0, i1)
-    if choice.route:
-        ids = _chosen_blocks(head, i0, i1)
-        if choice.select == "blocks":
-            for pairs, b in _by_block(ids, head.n_blocks):
-                rows, keys = pairs // choice.route, head.block(b)
-                s = head.scores(np.take(q, rows, axis=0), g[rows], i[rows], keys, head.free)
-                state.absorb(rows, s, partial(head.values, keys=keys, slot="values"))
-        else:
-            _absorb_keys(head, q, g, i, ids, state)
-    elif choice.selection:
-        head.selection[:, i0:i1] = -1
-    state.finish(head.out[:, i0:i1], head.lse[:, i0:i1])
-
-
-def _chosen_blocks(head: Head, i0: int, i1: int) -> Array:
-    """The blocks of each row, ``(R, route)``, ascending, padded with the number of blocks."""
-    call, choice, step = head.call, head.choice, 512
-    (_, many), n = call.heads, i1 - i0
-    ids = np.empty((many, n, choice.route), np.int64)
-    for a in range(i0, i1, step):
-        b = min(a + step, i1)
-        q = fold.enter(call, call.q[..., a:b, :])
-        found = routing.choose_blocks(call, choice, head.guide, q, Rows(a, b - a), None)
-        ids[:, a - i0 : b - i0] = found[0]
-        if choice.selection and choice.select == "blocks":
-            head.selection[:, a:b] = np.where(found[0] == head.n_blocks, -1, found[0])
-    return ids.reshape(many * n, choice.route)
-
-
-def _by_block(ids: Array, n_blocks: int) -> Iterator[tuple[Array, int]]:
-    """Each block that anyone chose, with the pairs (row, choice) that chose it, ascending."""
-    flat = ids.reshape(-1)
-    order = np.argsort(flat.astype(np.int16 if n_blocks < 1 << 15 else np.int64), kind="stable")
-    edges = np.searchsorted(flat[order], np.arange(n_blocks + 1)).tolist()
-    for b in range(n_blocks):
-        if edges[b] < edges[b + 1]:
-            yield order[edges[b] : edges[b + 1]], b
-
-
-def _absorb_keys(head: Head, q: Array, g: Array, i: Array, ids: Array, state: State) -> None:
-    """The best keys of the blocks that each row looks into."""
-    choice, size = head.choice, head.size
-    n = ids.shape[1]
-    s = np.empty((len(q), n, size), q.dtype)
-    flat = s.reshape(len(q) * n, size)
-    flat[ids.reshape(-1) == head.n_blocks] = -math.inf
-    for pairs, b in _by_block(ids, head.n_blocks):
-        rows, keys = pairs // n, head.block(b)
-        found = head.scores(np.take(q, rows, axis=0), g[rows], i[rows], keys, head.free)
-        if found.shape[1] == size:
-            flat[pairs] = found
-        else:
-            flat[pairs] = np.pad(
-                found, ((0, 0), (0, size - found.shape[1])), constant_values=-math.inf
-            )
-    start = np.where(ids == head.n_blocks, 0, ids * size)
-    step = max(TILE // (4 * n * size), 16)
-    for r0 in range(0, len(q), step):
-        r = slice(r0, r0 + step)
-        best = best_of(s[r].reshape(-1, n * size), choice.top_k)
-        slot = best.columns // size
-        first = np.take_along_axis(start[r], slot, axis=1)
-        j = np.minimum(first + (best.columns - slot * size), head.nk - 1)
-        _absorb_best(head, g[r], i[r], best, j, r, state)
-
-
-def _absorb_best(
-    head: Head, g: Array, i: Array, best: Best, j: Array, rows: slice, state: State
-) -> None:
-    """Add the best keys of each row to its state, and to the selection."""
-    choice = head.choice
-    s, chosen = best.scores, best.chosen
-    if choice.selection:
-        found = routing.smallest(j, chosen, choice.top_k, head.nk, xp=np)
-        head.selection[g, i] = np.where(found == head.nk, -1, found)
-    np.copyto(s, -math.inf, where=~chosen)
-    state.absorb(rows, s, partial(_picked_values, head, j))
-
-
-def _picked_values(head: Head, j: Array, p: Array, seen: Array | None) -> Array:
-    o = np.empty((len(j), head.v.shape[1]), p.dtype)
-    step = max(1, (1 << 16) // max(j.shape[1] * head.v.shape[1], 1))
-    for a in range(0, len(j), step):
-        here = j[a : a + step]
-        v = loops.work_space("picked", (*here.shape, head.v.shape[1]), p.dtype)
-        np.take(head.v, here, axis=0, out=v, mode="clip")
-        np.matmul(p[a : a + step, None, :], v, out=o[a : a + step, None, :])
-    if head.bad_values is not None and seen is not None:
-        o[(head.bad_values[j] & seen[..., None]).any(axis=1)] = math.nan
-    return o
-
-
-# -- Keys chosen among all --------------------------------------------------------------------
-
-
-def _exact_job(head: Head, i0: int, i1: int) -> None:
-    step = _tile_rows(head.call, head.choice)
-    for a in range(i0, i1, step):
-        _exact_tile(head, a, min(a + step, i1))
-
-
-def _exact_tile(head: Head, i0: int, i1: int) -> None:
-    q, g, i, state = _rows_of(head, i0, i1)
-    _absorb_own(head, q, g, i, state, i0, i1)
-    kinds = None if head.free.kinds is None else head.free.kinds[i0 // head.free.rows]
-    blocks = np.arange(head.n_blocks) if kinds is None else np.flatnonzero(kinds)
-    if len(blocks) and head.guide is not None:
-        blocks = _needed(head, q, g, i, blocks, kinds)
-    if len(blocks):
-        s, j = _all_scores(head, q, g, i, blocks, kinds)
-        best = best_of(s.T, head.choice.top_k)
-        _absorb_best(head, g, i, best, j[best.columns], slice(0, len(q)), state)
-    elif head.choice.selection:
-        head.selection[:, i0:i1] = -1
-    state.finish(head.out[:, i0:i1], head.lse[:, i0:i1])
-
-
-def _all_scores(
-    head: Head, q: Array, g: Array, i: Array, blocks: Array, kinds: Array | None
-) -> tuple[Array, Array]:
-    """
-    Scores of a tile with all keys of these blocks, ``(m, R)``, and which keys they are.
-
-    Keys come first: BLAS is faster at the product that has many rows.
-    """
-    parts = [head.block(b) for b in blocks.tolist()]
-    j = np.concatenate([np.arange(at.start, at.stop) for at in parts])
-    whole = parts[-1].stop - parts[0].start == len(j)
-    k = head.k[parts[0].start : parts[-1].stop] if whole else head.k[j]
-    s = loops.work_space("all scores", (len(j), len(q)), q.dtype)
-    np.matmul(k, q.T, out=s)
-    if head.after != 1.0:
-        s *= np.asarray(head.after, s.dtype)
-    rows, columns = g[:, None], i[:, None]
-    if not head.plain:
-        pairs = FlatPairs(rows, columns, j[None, :], int(head.call.offset))
-        s[...] = fold.adjust(head.call, s.T, pairs).T
-    if head.bad_keys is not None:
-        s[head.bad_keys[j]] = math.nan
-    if kinds is None:
-        return s, j
-    pattern: Any = head.free.pattern
-    for b in blocks[kinds[blocks] == 1].tolist():
-        at = head.block(b)
-        pairs = FlatPairs(rows, columns, np.arange(at.start, at.stop)[None], int(head.call.offset))
-        first = int(np.searchsorted(j, at.start))
-        part = s[first : first + at.stop - at.start]
-        np.copyto(part, -math.inf, where=~pattern.visible(pairs).T)
-    return s, j
-
-
-def _needed(head: Head, q: Array, g: Array, i: Array, blocks: Array, kinds: Array | None) -> Array:
-    """
-    Those of the blocks that may hold one of the best keys of a query, by their bounds.
-
-    A few blocks give each query a score that at least `top_k` keys reach. A block whose bound
-    is lower has none of the best.
-    """
-    call, choice = head.call, head.choice
-    guide: Any = head.guide
-    d = q.shape[1]
-    x = (q * np.asarray(head.after, q.dtype)).reshape(call.heads[1], -1, d)
-    guides = np.broadcast_to(guide[0], (len(x), *guide.shape[-2:]))
-    both = np.concatenate([np.maximum(x, 0), np.minimum(x, 0)], axis=-1)
-    bound = np.matmul(both, guides.swapaxes(-1, -2)).reshape(len(q), -1)
-    far = np.maximum(np.abs(guides[..., :d]), np.abs(guides[..., d:]))
-    size = np.sqrt(np.vecdot(x, x))[..., None] * np.sqrt(np.vecdot(far, far))[:, None, :]
-    # What rounding may add to a score or take off its bound.
-    bound += size.reshape(bound.shape) * (4 * (d + 4) * np.finfo(q.dtype).eps)
-    if call.softcap is not None:
-        bound = call.softcap * np.tanh(bound / call.softcap)
-        bound += 4 * call.softcap * np.finfo(q.dtype).eps
-    if head.bad_keys is not None:
-        bound[:, np.flatnonzero(head.bad_keys) // head.size] = math.inf
-    bound = bound[:, blocks]
-    few = min(-(-choice.top_k // head.size) + 1, len(blocks))
-    first = np.unique(np.argpartition(-bound, few - 1, axis=-1)[:, :few])
-    s, _ = _all_scores(head, q, g, i, blocks[first], kinds)
-    if len(s) < choice.top_k:
-        return blocks
-    at = len(s) - choice.top_k
-    reached = np.partition(s.T, at, axis=-1)[:, at : at + 1]
-    return blocks[~(bound < reached).all(axis=0)]
-
-
-# -- Blocks chosen for each block of queries --------------------------------------------------
-
-
-def _chosen_together(head: Head) -> Array:
-    """The blocks of each block of queries, ``(G, query blocks, route)``."""
-    call, choice, size = head.call, head.choice, head.size
-    g, n = call.heads[1], choice.query_blocks
-    ids = np.full((g, n, choice.route), head.n_blocks)
-    if choice.route:
-        found, step = _pooled(head), max(1, (1 << 12) // size)
-        if found is not None:  # there may be fewer blocks than there is room for
-            ids[:, : found.shape[1]] = found
-        for t in range(0, n if found is None else 0, step):
-            rows = slice(t, min(t + step, n))
-            ids[:, rows] = _routed(head, rows)
-    if choice.selection:
-        head.selection[...] = np.where(ids == head.n_blocks, -1, ids)
-    return ids
-
-
-def _routed(head: Head, at: slice) -> Array:
-    call, choice, size = head.call, head.choice, head.size
-    offset = int(call.offset)
-    raw = np.arange(at.start * size, at.stop * size)[:, None] - offset % size
-    there = (raw >= 0) & (raw < choice.queries)
-    i = np.clip(raw, 0, choice.queries - 1)
-    q = np.where(there, fold.enter(call, call.q[..., i[:, 0], :]), 0)
-    rows = Rows(at.start * size, len(i), i, raw + offset, there)
-    found: Array = routing.choose_blocks(call, choice, head.guide, q, rows, None)[0]
-    return found
-
-
-def _pooled(head: Head) -> Array | None:
-    """The same where all queries of a block may choose the same: from the sum of the queries."""
-    call, choice, size, guide = head.call, head.choice, head.size, head.guide
-    n, nb, offset = -(-choice.queries // size), head.n_blocks, int(call.offset)
-    if guide is None or offset % size:
-        return None
-    kinds = np.full((n, nb), 2) if head.free.kinds is None else head.free.kinds
-    own = np.arange(n)[:, None] + offset // size == np.arange(nb)
-    if (kinds[~own] == 1).any():
-        return None
-    q = np.multiply(fold.enter(call, call.q[0]), np.asarray(call.scale, call.acc))
-    starts = np.arange(0, choice.queries, size)
-    if choice.score == "bound":
-        q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
-    s = np.matmul(np.add.reduceat(q, starts, axis=1), guide[0].swapaxes(-1, -2))
-    may = np.broadcast_to((kinds == 2) & ~own, s.shape)
-    return routing.best_indices(s, may & (s != -math.inf), choice.route, nb, xp=np)
-
-
-def _query_blocks(head: Head, t0: int, t1: int, ids: Array) -> None:
-    """Blocks of queries ``[t0, t1)``, each with the key blocks that its queries chose together."""
-    offset, size = int(head.call.offset), head.size
-    alike = _alike(head, t0, t1, ids)
-    if alike.any():
-        _many_query_blocks(head, t0 + np.flatnonzero(alike), ids[:, alike])
-    for t in np.flatnonzero(~alike).tolist():
-        first = (t0 + t) * size - offset % size
-        i0, i1 = max(first, 0), min(first + size, head.choice.queries)
-        for h in range(ids.shape[0]):
-            _query_block(head, h, i0, i1, (i0 + offset) // size, ids[h, t].tolist())
-
-
-def _alike(head: Head, t0: int, t1: int, ids: Array) -> Array:
-    """Which of these can be done together: whole blocks of queries and keys, none hidden."""
-    call, size, offset = head.call, head.size, int(head.call.offset)
-    t = np.arange(t0, t1)
-    own = t + offset // size
-    simple = head.plain and head.bad_keys is None and head.bad_values is None
-    simple = simple and offset % size == 0 and head.choice.route > 0
-    pattern, whole = head.own.pattern, head.nk // size
-    if not simple or (pattern is not None and not pattern.relative):
-        return np.zeros(len(t), bool)
-    fits = (own >= 0) & (own < whole) & ((t + 1) * size <= call.lengths[0])
-    fits &= (ids < whole).all(axis=(0, -1))
-    if head.free.kinds is not None:
-        chosen = np.minimum(ids, head.n_blocks - 1)
-        fits &= (head.free.kinds[t[:, None], chosen] == 2).all(axis=(0, -1))
-    return fits
-
-
-def _many_query_blocks(head: Head, t: Array, ids: Array) -> None:
-    call, size = head.call, head.size
-    (g, many, n), d, dv = ids.shape, head.k.shape[1], head.v.shape[1]
-    own = np.broadcast_to(t + int(call.offset) // size, (g, many))
-    ids = np.concatenate([ids, own[..., None]], axis=-1).reshape(g * many, n + 1)
-    rows = (t[:, None] * size + np.arange(size)).reshape(-1)
-    q = fold.enter(call, call.q[0][:, rows]).reshape(g * many, size, d)
-    q = np.multiply(q, np.asarray(head.before, q.dtype))
-    whole = head.nk // size * size
-
-    def taken(x: Array, slot: str) -> Array:
-        width = x.shape[1]
-        out = loops.work_space(slot, (g * many, n + 1, size, width), x.dtype)
-        np.take(x[:whole].reshape(-1, size, width), ids, axis=0, out=out, mode="clip")
-        return out.reshape(g * many, (n + 1) * size, width)
-
-    k, v = taken(head.k, "block keys"), taken(head.v, "block values")
-    s = loops.work_space("row scores", (g * many, size, k.shape[1]), q.dtype)
-    np.matmul(q, k.swapaxes(-1, -2), out=s)
-    if head.own.pattern is not None:
-        hidden = _hidden(head.own.pattern, 0, size, size)
-        np.copyto(s[..., n * size :], -math.inf, where=hidden)
-    sinks = None
-    if call.sinks is not None:
-        sinks = np.repeat(call.sinks.reshape(g, 1), many * size, axis=0)
-    state = State(g * many * size, head, sinks)
-
-    def values(p: Array, seen: Array | None) -> Array:
-        del seen
-        o = loops.work_space("values", (g * many, size, dv), p.dtype)
-        return np.matmul(p.reshape(s.shape), v, out=o).reshape(-1, dv)
-
-    state.absorb(slice(None), s.reshape(-1, s.shape[-1]), values)
-    out, lse = (np.empty((g, many * size, *x.shape[2:]), x.dtype) for x in (head.out, head.lse))
-    state.finish(out, lse)
-    head.out[:, rows], head.lse[:, rows] = out, lse
-
-
-def _query_block(head: Head, h: int, i0: int, i1: int, own: int, ids: list[int]) -> None:
-    call = head.call
-    q = np.multiply(fold.enter(call, call.q[0, h, i0:i1]), np.asarray(head.before, call.acc))
-    g, i = np.full(i1 - i0, h), np.arange(i0, i1)
-    blocks = [b for b in ids if b < head.n_blocks]
-    widths = [head.block(b).stop - head.block(b).start for b in blocks]
-    there = 0 <= own < head.n_blocks and i0 + int(call.offset) < head.nk
-    if there:
-        # Of the last block, positions may lie beyond the keys.
-        blocks, widths = [*blocks, own], [*widths, head.block(own).stop - head.block(own).start]
-    s = loops.work_space("row scores", (len(q), sum(widths)), q.dtype)
-    v = loops.work_space("row values", (sum(widths), head.v.shape[1]), q.dtype)
-    a = 0
-    for n, (b, width) in enumerate(zip(blocks, widths, strict=True)):
-        keys, part = head.block(b), slice(a, a + width)
-        if there and n == len(blocks) - 1:
-            s[:, part] = _own_scores(head, q, g, i, keys, (i0, i1))
-            s[i + int(call.offset) >= head.nk, part] = -math.inf
-        else:
-            s[:, part] = head.scores(q, g, i, keys, head.free)
-        v[part] = head.v[keys]
-        a += width
-    bad = None
-    if head.bad_values is not None and blocks:
-        bad = np.concatenate([head.bad_values[head.block(b)] for b in blocks])
-    sinks = None if call.sinks is None else np.broadcast_to(call.sinks[0, h], (len(q), 1))
-    state = State(len(q), head, sinks)
-
-    def values(p: Array, seen: Array | None) -> Array:
-        o = np.matmul(p, v, out=loops.work_space("values", (len(p), v.shape[1]), p.dtype))
-        if bad is not None and seen is not None:
-            o[seen.astype(p.dtype) @ bad.astype(p.dtype) > 0] = math.nan
-        return o
-
-    state.absorb(slice(None), s, values)
-    state.finish(head.out[h, i0:i1], head.lse[h, i0:i1])
+def _hidden(pattern: Pattern, size: int) -> Array:
+    """What queries do not see of the block that they lie in."""
+    seen = ~pattern.visible(TilePairs(0, size, 0, size, 0, xp=np, device=None))
+    return np.broadcast_to(seen, (size, size))

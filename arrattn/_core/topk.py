@@ -12,6 +12,9 @@ from arrattn._core.typing import Array
 #: The most numbers of one group.
 WIDEST = 32
 
+#: The shortest list that sorting is quick at.
+SHORTEST = 64
+
 
 class Best(NamedTuple):
     """
@@ -30,6 +33,32 @@ class Best(NamedTuple):
     scores: Array
     columns: Array
     chosen: Array
+
+
+def kth_largest(s: Array, k: int) -> Array:
+    """
+    The `k`-th largest of each row of ``s (R, m)``, which it uses up: (R,), ``-inf`` if there is none.
+
+    A tournament of sorted lists: of two of them, the greater of what is first in one and last
+    in the other, and so on, are the best of both.
+    """
+    n, m = s.shape
+    width = max(k, SHORTEST)
+    if m <= width:
+        s.sort(axis=-1)
+        return s[:, m - k].copy() if k <= m else np.full(n, -math.inf, s.dtype)
+    many = -(-m // width)
+    if many * width > m:
+        s = np.concatenate([s, np.full((n, many * width - m), -math.inf, s.dtype)], axis=-1)
+    s = s.reshape(n, many, width)
+    s.sort(axis=-1)
+    while many > 1:
+        half = many // 2
+        won = s[:, many - half : many]
+        np.maximum(s[:, :half], won[..., ::-1], out=s[:, :half])
+        many -= half
+        s[:, :half].sort(axis=-1)
+    return s[:, 0, width - k].copy()
 
 
 def best_of(s: Array, k: int) -> Best:
