@@ -149,11 +149,6 @@ def test_sparse_attention_has_its_limits() -> None:
     check([reference.sparse_attention(Q, K, V)], [reference.sparse_attention(Q, K, V, **named)])
 
 
-def test_sparse_attention_refuses_what_is_not_defined() -> None:
-    with pytest.raises(ValueError, match="select='keys'"):
-        reference.sparse_attention(Q, K, V, select="heads")
-
-
 def linear_by_hand(see: Any, normalize: bool, state: LinearState | None) -> np.ndarray[Any, Any]:
     def phi(x: Any) -> Any:
         return np.asarray([a + 1 if a > 0 else math.exp(a) for a in x])

@@ -239,14 +239,17 @@ def _routed_tile(
     q = fold.enter(call, rows)
     own = routing.own_block(at.tile(call, 0, 1).p, choice, nk, xp=xp)
     ids = xp.broadcast_to(own, (*shape, 1))
+    twice = xp.zeros_like(ids, dtype=xp.bool)
     selection = _no_selection(call, choice, at)
     if choice.route:
         found = routing.choose_blocks(call, choice, keys.guide, q, at, finite)
         if choice.selection and choice.select == "blocks":
             like = selection[0]
             selection = (xp.broadcast_to(_padded(found, nb, xp), like.shape),)
-        found = routing.each(found, choice, (*shape, choice.route), xp=xp)
-        ids = xp.concat([ids, xp.astype(found, ids.dtype)], axis=-1)
+        found = xp.astype(routing.each(found, choice, (*shape, choice.route), xp=xp), ids.dtype)
+        own, ids = ids, xp.concat([ids, found], axis=-1)
+        # What others chose together with a query may be the block that it lies in.
+        twice = xp.concat([xp.zeros_like(own, dtype=xp.bool), found == own], axis=-1)
     n = ids.shape[-1]
     some = ids < nb
     ids = xp.where(some, ids, xp.zeros_like(ids))
@@ -256,7 +259,7 @@ def _routed_tile(
     # The keys looked at, in the order own block, then the others: (..., nq, n * size).
     within = xp.arange(size, dtype=ids.dtype, device=call.device)
     j = xp.reshape(ids[..., None] * size + within, (*shape, n * size))
-    real = xp.broadcast_to(some[..., None], (*ids.shape, size))
+    real = xp.broadcast_to((some & ~twice)[..., None], (*ids.shape, size))
     there = xp.reshape(real, j.shape) & (j < nk)
     j = xp.minimum(j, xp.full_like(j, nk - 1))
     pairs = at.picked(call, j)

@@ -466,7 +466,7 @@ class Head:
             ids = np.concatenate(parts, axis=-2)
         if choice.selection:
             self.selection[:, span.t0 : span.t1] = np.where(ids == self.n_blocks, -1, ids)
-        return ids.reshape(-1, choice.route)
+        return np.broadcast_to(ids, (self.g, *ids.shape[1:])).reshape(-1, choice.route)
 
     def _pooled(self, span: Span) -> Array | None:
         """The same from the sum of the queries, where all of a block may choose the same."""

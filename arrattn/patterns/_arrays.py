@@ -262,8 +262,8 @@ def extremes(ids: Any, start: Any, stop: Any) -> tuple[Any, Any]:
     """Smallest and largest id in each range ``start:stop`` of the last axis, none empty."""
     if np.size(start) == 0:
         return np.zeros((*ids.shape[:-1], 0), ids.dtype), np.zeros((*ids.shape[:-1], 0), ids.dtype)
-    ends = np.stack([np.ravel(start), np.ravel(stop)], -1).ravel()
-    # One more number, so that a range may end behind the last.
+    ends = np.minimum(np.stack([np.ravel(start), np.ravel(stop)], -1).ravel(), ids.shape[-1])
+    # One more number, so that a range may end behind the last, or lie there.
     ids = np.concatenate([ids, ids[..., -1:]], axis=-1)
     lo, hi = (f.reduceat(ids, ends, axis=-1)[..., ::2] for f in (np.minimum, np.maximum))
     return lo, hi
