@@ -62,7 +62,7 @@ def sparse_attention(
     v : array, shape (..., Hkv, Nk, Dv)
         Values.
     block_size : int, optional
-        Keys per block; the last may be short. Default: ``ceil(sqrt(Nk))``.
+        Keys per block, at most `Nk`; the last may be short. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
         Keys, or blocks, seen outside the own block. Default: ``ceil(sqrt(Nk))`` keys, 3 blocks.
         0 leaves block-diagonal attention, and what `always` shows.

@@ -21,7 +21,17 @@ from arrattn import (
     local_attention,
     sparse_attention,
 )
-from arrattn._core import engine, gated, jobs, loops, native, recurrence, select, streams
+from arrattn._core import (
+    engine,
+    gated,
+    jobs,
+    loops,
+    native,
+    recurrence,
+    select,
+    sparse_jobs,
+    streams,
+)
 from arrattn._core.plan import Plan
 from arrattn.explain import Explanation
 from arrattn.patterns import Window
@@ -272,28 +282,55 @@ def test_the_form_of_gates_named_is_the_form_run(
 
 
 @pytest.mark.parametrize(
-    ("options", "tile", "says"),
+    ("options", "job", "tile", "says"),
     [
-        ({"route": None}, "_exhaustive_tile", "all 300 keys are scored"),
-        ({"route": 3}, "_routed_tile", "3 of 17 blocks are searched"),
-        ({"top_k": 0}, "_routed_tile", "no block but the query's own"),
+        ({"route": None}, "_exact_job", "_exhaustive_tile", "all 300 keys are scored"),
+        ({"route": 3}, "_keys_job", "_routed_tile", "3 of 17 blocks are searched"),
+        ({"top_k": 0}, "_keys_job", "_routed_tile", "no block but the query's own"),
+        (
+            {"select": "blocks"},
+            "_blocks_job",
+            "_routed_tile",
+            "3 of 17 blocks are taken, by the means",
+        ),
+        ({"select": "blocks", "score": "bound"}, "_blocks_job", "_routed_tile", "by bounds"),
     ],
 )
 def test_the_selection_named_is_the_selection_made(
-    options: dict[str, Any], tile: str, says: str, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], job: str, tile: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
-    was = getattr(select, tile)
+    jobs_done, rows = [], []
+    run, was = getattr(sparse_jobs.Head, job), getattr(select, tile)
 
-    def record(call: Any, choice: Any, *args: Any) -> Any:
+    def record_job(head: Any, span: Any) -> None:
+        jobs_done.append(span)
+        run(head, span)
+
+    def record_tile(call: Any, choice: Any, *args: Any) -> Any:
         rows.append(next(x.shape[-2] for x in args if hasattr(x, "shape")))
         return was(call, choice, *args)
 
+    monkeypatch.setattr(sparse_jobs.Head, job, record_job)
+    monkeypatch.setattr(select, tile, record_tile)
     why = explain(sparse_attention, X, X, X, **options)
-    monkeypatch.setattr(select, tile, record)
     sparse_attention(X, X, X, **options)
     assert says in why.steps[1]
+    assert "each other block once" in why.steps[2]
+    assert jobs_done
+    assert not rows
+    # A softcap is not for those jobs.
+    why = explain(sparse_attention, X, X, X, softcap=9.0, **options)
+    jobs_done.clear()
+    sparse_attention(X, X, X, softcap=9.0, **options)
     assert why.steps[2] == f"{max(rows)} queries at a time"
+    assert not jobs_done
+
+
+def test_what_is_always_seen_and_who_chooses_together_is_told() -> None:
+    options = {"select": "blocks", "per": "block", "always": Window(9, 0)}
+    why = explain(sparse_attention, X, X, X, **options)
+    assert "by the queries of a block together" in why.steps[0]
+    assert "Window(9, 0)" in why.steps[2]
 
 
 def test_an_empty_call_has_no_engine() -> None:

@@ -20,7 +20,7 @@ SIGNATURES = {
     "local_attention": "(q, k, v, /, *, window, " + SCORES.replace("window=None, ", "") + ")",
     "sparse_attention": (
         "(q, k, v, /, *, block_size=None, top_k=None, route=8, select='keys', per='query', "
-        f"{SCORES})"
+        f"score='mean', block_scores=None, always=None, {SCORES}, return_selection=False)"
     ),
     "linear_attention": (
         "(q, k, v, /, *, feature_map=elu_plus_one, log_decay=None, is_causal=False, "

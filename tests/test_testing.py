@@ -302,7 +302,7 @@ KNOWN = {
 def test_known_differences_of_peers_reproduce_when_pasted(peer: str, name: str) -> None:
     adapter = adapter_of(peer)
     assert adapter is not None
-    report = check_subject(adapter.subject(), laws=[LAWS[name]], examples=10)
+    report = check_subject(adapter.subject(), laws=[LAWS[name]], examples=40)
     assert list(report.differs) == [name], report
     found = report.differs[name].counterexample
     assert found is not None

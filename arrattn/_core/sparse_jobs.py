@@ -193,7 +193,9 @@ class Head:
         self.own = slice(int(there[0]), int(there[-1]) + 1) if len(there) else slice(0, 0)
         self.kinds[there, own[there]] = 0
         self.ragged = (self.kinds == 1).any(axis=0)
-        self.guide = None if choice.exhaustive else routing.guides(call, choice)
+        # Where all keys are searched, bounds alone are of use.
+        bare = choice.exhaustive and choice.score != "bound"
+        self.guide = None if bare else routing.guides(call, choice)
 
     @classmethod
     def of(
@@ -474,7 +476,7 @@ class Head:
         kinds: Any = self.kinds
         if guide is None or (kinds[span.t0 : span.t1] == 1).any():
             return None
-        q = np.multiply(span.q, np.asarray(self.call.scale / self.before, span.q.dtype))
+        q = np.multiply(span.q, np.asarray(1 / LOG2E, span.q.dtype))
         if choice.score == "bound":
             q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
         q = q.reshape(self.g, -1, size, q.shape[-1]).sum(axis=-2)
@@ -558,6 +560,8 @@ class Head:
         """The best of all keys outside the own block."""
         kinds: Any = self.kinds
         blocks = np.flatnonzero(kinds[span.t0 : span.t1].any(axis=0))
+        if self.guide is not None and len(blocks):
+            blocks = self._needed(span, blocks)
         if not len(blocks):
             return
         s, j = self._all_scores(span, blocks)
@@ -574,23 +578,54 @@ class Head:
 
         Keys come first: BLAS is faster at the product that has many rows.
         """
-        j0, j1 = int(blocks[0]) * self.size, min((int(blocks[-1]) + 1) * self.size, self.nk)
-        s = loops.work_space("all scores", (j1 - j0, len(span.q)), span.q.dtype)
-        np.matmul(self.k[j0:j1], span.q.T, out=s)
+        size = self.size
+        j = (blocks[:, None] * size + np.arange(size)).reshape(-1)
+        j = j[: np.searchsorted(j, self.nk)]
+        whole = j[-1] - j[0] == len(j) - 1
+        k = self.k[j[0] : j[-1] + 1] if whole else self.k[j]
+        s = loops.work_space("all scores", (len(j), len(span.q)), span.q.dtype)
+        np.matmul(k, span.q.T, out=s)
         if self.after != 1.0:
             s *= np.asarray(self.after, s.dtype)
-        kinds: Any = self.kinds[span.t0 : span.t1]  # type: ignore[index]
-        for b in range(int(blocks[0]), int(blocks[-1]) + 1):
-            part = s[b * self.size - j0 : (b + 1) * self.size - j0].T
-            for t in np.flatnonzero(kinds[:, b] != 2).tolist():
-                rows = self._each_head(np.arange(t * self.size, (t + 1) * self.size), span)
-                if kinds[t, b] == 0:
+        kinds: Any = self.kinds
+        for n, block in enumerate(blocks.tolist()):
+            part = s[n * size : (n + 1) * size].T
+            for t in np.flatnonzero(kinds[span.t0 : span.t1, block] != 2).tolist():
+                rows = self._each_head(np.arange(t * size, (t + 1) * size), span)
+                if kinds[span.t0 + t, block] == 0:
                     part[rows] = -math.inf
                     continue
-                hidden: Any = part[rows]
-                self._hide(hidden, self.free, span, rows, b)  # type: ignore[arg-type]
+                pattern: Any = self.free
+                hidden = part[rows]
+                self._hide(hidden, pattern, span, rows, block)
                 part[rows] = hidden
-        return s, np.arange(j0, j1)
+        return s, j
+
+    def _needed(self, span: Span, blocks: Array) -> Array:
+        """
+        Those of the blocks that may hold one of the best keys of a row, by their bounds.
+
+        A few blocks give each row a score that at least `top_k` keys reach. A block whose bound
+        is lower has none of the best.
+        """
+        guide: Any = self.guide
+        k, d = self.choice.top_k, span.q.shape[1]
+        x = (span.q * np.asarray(self.after, span.q.dtype)).reshape(self.g, -1, d)
+        both = np.concatenate([np.maximum(x, 0), np.minimum(x, 0)], axis=-1)
+        guides = np.broadcast_to(guide[0], (self.g, *guide.shape[-2:]))
+        bound = np.matmul(both, guides.swapaxes(-1, -2))
+        far = np.maximum(np.abs(guides[..., :d]), np.abs(guides[..., d:]))
+        length = np.sqrt(np.vecdot(x, x))[..., None] * np.sqrt(np.vecdot(far, far))[:, None, :]
+        # What rounding may add to a score or take off its bound.
+        bound += length * (4 * (d + 4) * np.finfo(bound.dtype).eps)
+        bound = bound.reshape(len(span.q), -1)[:, blocks]
+        few = min(-(-k // self.size) + 1, len(blocks))
+        first = np.unique(np.argpartition(-bound, few - 1, axis=-1)[:, :few])
+        s, _ = self._all_scores(span, blocks[first])
+        reached = kth_largest(s.T.copy(), k)
+        at = np.tile(np.arange(len(span.i)), self.g)
+        real = (at >= span.real.start) & (at < span.real.stop)
+        return blocks[(bound >= reached[:, None])[real].any(axis=0)]
 
     def _pick(self, span: Span, rows: Array, keys: Array, scores: Array) -> None:
         """Add keys of rows, which ascend, to their sums."""

@@ -37,7 +37,7 @@ class Best(NamedTuple):
 
 def kth_largest(s: Array, k: int) -> Array:
     """
-    The `k`-th largest of each row of ``s (R, m)``, which it uses up: (R,), ``-inf`` if there is none.
+    The `k`-th largest of each row of ``s (R, m)``, which it uses up; ``-inf`` if there is none.
 
     A tournament of sorted lists: of two of them, the greater of what is first in one and last
     in the other, and so on, are the best of both.

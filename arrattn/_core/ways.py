@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from arrattn._core import engine, jobs, loops, native, select
+from arrattn._core import engine, jobs, loops, native, select, sparse_jobs
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import Plan
 
@@ -98,22 +98,43 @@ def _blocks(call: SoftmaxInputs) -> Way:
 _TILES = {"threads": _threads, "batched": _batched, "scan": _scan, "blocks": _blocks}
 
 
+_GUIDES = {
+    "mean": "the means of their keys",
+    "bound": "bounds of their keys' scores",
+    "best": "their best scores",
+    "given": "the scores given",
+}
+_TOGETHER = {
+    "query": "",
+    "block": ", chosen by the queries of a block together",
+    "group": ", chosen by the query heads of a key head together",
+}
+
+
 def selection(call: SoftmaxInputs, choice: Choice) -> Way:
     """The way of sparse attention."""
     if is_empty(call):
         return EMPTY
     (nq, nk), kind = call.lengths, loops.schedule(call.xp)
     blocks = -(-nk // choice.block)
+    by = _GUIDES[choice.score]
+    chosen = "keys" if choice.select == "keys" else "blocks"
     if choice.exhaustive:
         looked, searched = nk, f"all {nk} keys are scored: exact selection"
     else:
         looked = (1 + choice.route) * choice.block
-        searched = f"{choice.route} of {blocks} blocks are searched, by the means of their keys"
+        done = "searched" if chosen == "keys" else "taken"
+        searched = f"{choice.route} of {blocks} blocks are {done}, by {by}"
     if not choice.exhaustive and choice.route == 0:
         searched = "no block but the query's own is looked into"
-    steps = [f"blocks of {choice.block} keys, and the best {choice.top_k} keys outside", searched]
+    best = f"blocks of {choice.block} keys, and the best {choice.many} {chosen} outside"
+    steps = [best + _TOGETHER[choice.per], searched]
+    if call.always is not None:
+        steps.append(f"and what is always seen: {call.always}")
     if kind == "blocks":
         steps.append("in each block of items and heads, when it is computed")
+    elif kind == "threads" and sparse_jobs.takes(call, choice):
+        steps.append("each other block once, with all queries that look into it")
     else:
         steps.append(f"{select.rows_at_once(call, choice)} queries at a time")
     lanes = math.prod((*call.batch, *call.heads))

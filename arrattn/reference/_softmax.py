@@ -223,7 +223,7 @@ def sparse_attention(
     v : array, shape (..., Hkv, Nk, Dv)
         Values.
     block_size : int, optional
-        Keys per block. Default: ``ceil(sqrt(Nk))``.
+        Keys per block, at most `Nk`. Default: ``ceil(sqrt(Nk))``.
     top_k : int, optional
         Keys chosen outside the own block, ``ceil(sqrt(Nk))`` by default, or blocks, 3.
     route : int or None, default: 8
@@ -262,7 +262,7 @@ def sparse_attention(
     xp = array_namespace(q, k, v)
     q_, k_, _ = (per_query_head(x, q, xp) for x in read(q, k, v, xp))
     nq, nk = q_.shape[-2], k_.shape[-2]
-    size = block_size or _ceil_sqrt(nk)
+    size = max(min(block_size or _ceil_sqrt(nk), nk), 1)
     shape = (*q_.shape[:-1], nk)
     scores = _scores(q_, k_, scale, softcap, bias, xp)
     hidden_by = (mask, bias, is_causal, window, kv_lengths, segment_ids, pattern, q_offset)

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,24 +35,25 @@ def laws_of(exhibit: Exhibit) -> list[str]:
 
 
 def testing() -> Any:
-    """The module of laws, told not to look for the smallest example."""
-    importlib.import_module("arrattn.testing.check").SHRINKS = 0
+    """The module of laws."""
     return importlib.import_module("arrattn.testing")
 
 
 def report_of(
     attend: Any, family: str, laws: list[str], *, library: str = "numpy", examples: int = EXAMPLES
 ) -> Any:
-    """What `check` says of a function, on few examples."""
-    return testing().check(
-        attend,
-        xp=library,
-        family=family,
-        laws=laws,
-        dtypes=("float64", "float32", "float16"),
-        examples=examples,
-        seed=0,
-    )
+    """What `check` says of a function, on few examples, the smallest not looked for."""
+    check = importlib.import_module("arrattn.testing.check")
+    with mock.patch.object(check, "SHRINKS", 0):
+        return testing().check(
+            attend,
+            xp=library,
+            family=family,
+            laws=laws,
+            dtypes=("float64", "float32", "float16"),
+            examples=examples,
+            seed=0,
+        )
 
 
 def failed(exhibit: Exhibit, laws: list[str], *, examples: int = EXAMPLES) -> set[str]:

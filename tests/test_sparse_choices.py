@@ -1,0 +1,310 @@
+"""Every way to choose in sparse attention: its definition, limits, theory and gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import sights
+from hypothesis import strategies as st
+from lanes import Lane, built
+from laws import for_all
+from softmax import as_held, check_pair
+from strategies import Case, cases
+from test_sparse import unambiguous
+from tolerance import output_error
+
+from arrattn import attention, patterns, reference, sparse_attention
+
+ALWAYS = (
+    None, sights.causal(), sights.window(2, 0), sights.everywhere(2), sights.strided(3),
+    sights.window(1, 1) | sights.everywhere(1),
+)  # fmt: skip
+
+
+@st.composite
+def chosen_cases(draw: st.DrawFn) -> Case:
+    """A call with any way to choose; scores of blocks are whole numbers."""
+    case = unambiguous(draw(cases()))
+    size = draw(st.sampled_from((None, 3, 1, 4, 100)))
+    per = draw(st.sampled_from(("query", "block", "group")))
+    options: dict[str, Any] = {
+        "block_size": size,
+        "select": draw(st.sampled_from(("blocks", "keys"))),
+        "per": per,
+        "top_k": draw(st.sampled_from((None, 1, 0, 2, 5, 40))),
+        "route": draw(st.sampled_from((None, 1, 2, 8))),
+        "return_selection": True,
+    }
+    if (always := draw(st.sampled_from(ALWAYS))) is not None:
+        options["always"] = always
+    if draw(st.booleans()):
+        options["score"] = draw(st.sampled_from(("bound", "best", "mean")))
+    else:
+        (nq, nk), (hq, hkv) = case.lengths, case.heads
+        blocks = -(-nk // max(min(size or math.isqrt(max(nk - 1, 0)) + 1, nk), 1))
+        shape = (draw(st.sampled_from((hq, 1, hkv))), draw(st.sampled_from((nq, 1))), blocks)
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        given = rng.integers(-3, 4, shape).astype(float)
+        options["block_scores"] = np.where(given == 3, -np.inf, given)
+    # Sums over those who choose together have to be exact too.
+    if options.get("score") == "best" and case.options.get("bias") is not None:
+        case.options.pop("bias")
+    return Case(case.q, case.k, case.v, case.options | options, case.how)
+
+
+@for_all(case=chosen_cases())
+def test_equals_the_reference(lane: Lane, case: Case) -> None:
+    got = lane.call(
+        sparse_attention, *case.arrays, dtype="float64", return_lse=True, **case.options
+    )
+    expected = reference.sparse_attention(
+        *case.arrays, return_lse=True, **built(case.options, lambda x: x)
+    )
+    check_pair(lane, got[:2], expected[:2], as_held(case, "float64"), dtype="float64")
+    selection = lane.to_numpy(got[2])
+    assert selection.dtype.kind == "i"
+    assert np.array_equal(selection, expected[2]), (selection, expected[2])
+
+
+def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.ndarray[Any, Any]:
+    """Which keys a selection names: of keys, or of blocks of `size`."""
+    n = nk if size is None else -(-nk // size)
+    named = (selection[..., None] == np.arange(n)).any(-2)
+    return named if size is None else np.repeat(named, size, axis=-1)[..., :nk]
+
+
+@pytest.mark.parametrize("select", ["keys", "blocks"])
+@pytest.mark.parametrize("score", ["mean", "bound", "best"])
+def test_a_selection_is_of_what_is_visible_elsewhere(select: str, score: str) -> None:
+    rng = np.random.default_rng(0)
+    n, size = 61, 7
+    q, k, v = rng.normal(size=(3, 2, n, 4))
+    visible = rng.random((n, n)) < 0.4
+    block = np.arange(n) // size
+    how = {"select": select, "score": score, "block_size": size, "top_k": 4, "mask": visible}
+    out, found = sparse_attention(q, k, v, return_selection=True, **how)
+    assert found.shape == (2, n, 4)
+    for row in found.reshape(-1, 4):
+        real = row[row >= 0]
+        assert (np.diff(real) > 0).all(), row
+        assert (row[len(real) :] == -1).all(), row
+    named = masked(found, n, None if select == "keys" else size)
+    assert not (named & (block[:, None] == block)).any()
+    if select == "keys":
+        assert not (named & ~visible).any()
+    seen = visible & (named | (block[:, None] == block))
+    dense = attention(q, k, v, mask=seen)
+    assert np.allclose(out, dense, atol=output_error(q, k, v, dtype="float64"), rtol=0)
+
+
+# -- Limits -----------------------------------------------------------------------------------
+
+
+def same(lane: Lane, case: Case, options: dict[str, Any], expected: np.ndarray[Any, Any]) -> None:
+    held = as_held(case, "float64")
+    within = 2 * output_error(*held.arrays, dtype="float64", **held.scores)
+    got = lane.call(sparse_attention, *case.arrays, dtype="float64", **case.options, **options)
+    lane.check(got, expected, dtype="float64", within=within)
+
+
+@for_all(case=cases(), size=st.sampled_from((1, 3, 16)))
+def test_all_blocks_chosen_is_dense(lane: Lane, case: Case, size: int) -> None:
+    dense = lane.to_numpy(lane.call(attention, *case.arrays, dtype="float64", **case.options))
+    for per in ("query", "block", "group"):
+        options = {"select": "blocks", "top_k": case.lengths[1], "per": per, "block_size": size}
+        same(lane, case, options, dense)
+
+
+@pytest.mark.parametrize("select", ["keys", "blocks"])
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+def test_nothing_chosen_leaves_what_is_always_seen(lane: Lane, select: str, per: str) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = rng.normal(size=(3, 2, 40, 4))
+    block, p = np.arange(40) // 6, np.arange(40)
+    window = (p[:, None] - p >= 0) & (p[:, None] - p <= 3)
+    own = block[:, None] == block
+    expected = reference.softmax_attention(q, k, v, mask=own | window | (p < 2) | (p < 2)[:, None])
+    always = sights.window(3, 0) | sights.everywhere(2)
+    options = {"top_k": 0, "block_size": 6, "select": select, "per": per, "always": always}
+    same(lane, Case(q, k, v), options, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [64, 61])
+def test_bounds_leave_out_no_key_that_wins(lane: Lane, n: int, causal: bool) -> None:
+    # Keys in clusters, so that most blocks cannot hold a winner.
+    rng = np.random.default_rng(3)
+    centres = 6 * rng.normal(size=(2, -(-n // 8), 1, 4))
+    k = (centres + 0.1 * rng.normal(size=(2, -(-n // 8), 8, 4))).reshape(2, -1, 4)[:, :n]
+    q, v = rng.normal(size=(2, 2, n, 4))
+    how = {"block_size": 8, "top_k": 5, "route": None, "is_causal": causal}
+    exact = reference.sparse_attention(q, k, v, **how)
+    same(lane, Case(q, k, v), {**how, "score": "bound"}, exact)
+
+
+def test_bounds_leave_out_most_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from arrattn._core import sparse_jobs
+
+    rng = np.random.default_rng(3)
+    n, size, scored = 512, 16, []
+    centres = 6 * rng.normal(size=(1, n // size, 1, 8))
+    k = (centres + 0.1 * rng.normal(size=(1, n // size, size, 8))).reshape(1, n, 8)
+    q, v = rng.normal(size=(2, 1, n, 8))
+    q[:] = q[:, :1]  # all look for the same
+    was = sparse_jobs.Head._all_scores
+
+    def record(head: Any, span: Any, blocks: Any) -> Any:
+        scored.append(len(blocks) * size * len(span.q))
+        return was(head, span, blocks)
+
+    monkeypatch.setattr(sparse_jobs.Head, "_all_scores", record)
+    how = {"block_size": size, "top_k": 5, "route": None}
+    exact = sparse_attention(q, k, v, **how)
+    whole = sum(scored)
+    scored.clear()
+    got = sparse_attention(q, k, v, score="bound", **how)
+    assert sum(scored) < whole / 4
+    assert np.allclose(got, exact, atol=2 * output_error(q, k, v, dtype="float64"), rtol=0)
+
+
+@pytest.mark.parametrize("select", ["keys", "blocks"])
+@pytest.mark.parametrize("score", ["mean", "bound", "best"])
+def test_the_order_of_blocks_does_not_matter(lane: Lane, select: str, score: str) -> None:
+    # Queries behind the keys have no own block.
+    rng = np.random.default_rng(4)
+    q, (k, v) = rng.normal(size=(2, 9, 4)), rng.normal(size=(2, 2, 30, 4))
+    order = (5 * rng.permutation(6)[:, None] + np.arange(5)).reshape(-1)
+    how = {"select": select, "score": score, "block_size": 5, "top_k": 2, "q_offset": 30}
+    expected = reference.sparse_attention(q, k, v, **how)
+    same(lane, Case(q, k[:, order], v[:, order]), how, expected)
+
+
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+def test_blocks_that_tie_are_taken_from_the_first(lane: Lane, per: str) -> None:
+    n, size = 24, 3
+    q, v = np.ones((2, n, 2)), np.zeros((1, n, 1))
+    k = np.ones((1, n, 2))
+    how = {"select": "blocks", "block_size": size, "top_k": 2, "per": per}
+    _, found = lane.call(sparse_attention, q, k, v, dtype="float64", return_selection=True, **how)
+    found = lane.to_numpy(found)
+    for i in range(found.shape[-2]):
+        own = i if per == "block" else i // size
+        expected = [b for b in range(n // size) if b != own][:2]
+        assert (found[..., i, :] == expected).all(), (i, found[..., i, :])
+
+
+# -- Theory -----------------------------------------------------------------------------------
+
+
+def test_recall_of_exact_selection_grows_with_the_blocks_searched() -> None:
+    rng = np.random.default_rng(5)
+    q, k, v = rng.normal(size=(3, 4, 256, 16))
+
+    def chosen(route: int | None) -> np.ndarray[Any, Any]:
+        how = {"block_size": 16, "top_k": 16, "route": route}
+        _, found = sparse_attention(q, k, v, return_selection=True, **how)
+        return masked(found, 256, None)
+
+    exact = chosen(None)
+    recalls = [(chosen(route) & exact).sum() / exact.sum() for route in (1, 2, 4, 8, 12, 16)]
+    assert recalls == sorted(recalls)
+    assert recalls[0] < 0.5
+    assert recalls[-1] == 1.0
+
+
+@pytest.mark.parametrize(("size", "signal"), [(2, 0.6), (8, 1.0), (8, 2.0), (32, 2.0)])
+def test_means_find_a_needle_as_often_as_theory_says(size: int, signal: float) -> None:
+    # Keys of noise N(0, 1 / D), and one of them with `signal` times a query of length 1 on top.
+    # Scores of two means of B keys then differ by N(signal / B, 2 / (D B)): the block of the
+    # needle wins with probability Phi(signal * sqrt(D / (2 B))), as in arXiv:2511.11571.
+    rng = np.random.default_rng(6)
+    d, trials = 16, 600
+    q = rng.normal(size=(trials, 1, d))
+    q /= np.linalg.norm(q, axis=-1, keepdims=True)
+    k = rng.normal(size=(trials, 3 * size, d)) / math.sqrt(d)
+    k[:, rng.integers(size)] += signal * q[:, 0]
+    how = {"select": "blocks", "block_size": size, "top_k": 1, "q_offset": 2 * size}
+    _, found = sparse_attention(q, k, k, return_selection=True, **how)
+    due = 0.5 * (1 + math.erf(signal * math.sqrt(d / (2 * size)) / math.sqrt(2)))
+    hits = float((found == 0).mean())
+    assert abs(hits - due) < 4 * math.sqrt(due * (1 - due) / trials) + 1 / trials, (hits, due)
+
+
+# -- Gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"route": None}, {"select": "blocks"}, {"select": "blocks", "per": "block"}],
+    ids=str,
+)
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_gradients_are_those_of_what_was_selected(library: str, how: dict[str, Any]) -> None:
+    rng = np.random.default_rng(7)
+    n, size = 30, 5
+    q, k, v, w = rng.normal(size=(4, 2, n, 4))
+    how = {"block_size": size, "top_k": 3, "is_causal": True, **how}
+    _, found = sparse_attention(q, k, v, return_selection=True, **how)
+    blocks = how.get("select") == "blocks"
+    found = np.repeat(found, size, axis=-2)[:, :n] if how.get("per") == "block" else found
+    block = np.arange(n) // size
+    seen = masked(found, n, size if blocks else None) | (block[:, None] == block)
+
+    def ours(*x: Any) -> Any:
+        return sparse_attention(*x, **how)
+
+    def dense(*x: Any) -> Any:
+        mask = torch.asarray(seen) if library == "torch" else jnp.asarray(seen)
+        return attention(*x, mask=mask, is_causal=True)
+
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+
+        def gradients(f: Any) -> list[Any]:
+            x = [torch.asarray(a).requires_grad_() for a in (q, k, v)]
+            (f(*x) * torch.asarray(w)).sum().backward()
+            return [a.grad.numpy() for a in x]
+    else:
+        jax = pytest.importorskip("jax")
+        jnp = jax.numpy
+
+        def gradients(f: Any) -> list[Any]:
+            x = [jnp.asarray(a) for a in (q, k, v)]
+            return [np.asarray(g) for g in jax.grad(lambda *x: (f(*x) * w).sum(), (0, 1, 2))(*x)]
+
+    for got, expected in zip(gradients(ours), gradients(dense), strict=True):
+        size_of = float(np.abs(expected).max())
+        error = 64 * output_error(q, k, v, dtype=str(expected.dtype)) * max(size_of, 1)
+        assert np.abs(got - expected).max() <= error
+        assert size_of > 0
+
+
+def test_patterns_of_positions_hold_in_the_routed_part() -> None:
+    # On NumPy's own schedule, of many blocks: windows, lengths, segments and the last short block.
+    rng = np.random.default_rng(8)
+    q, k, v = rng.integers(-3, 4, (3, 2, 205, 8)).astype(float)
+    ids = np.arange(205) // 64
+    for how in (
+        {"is_causal": True},
+        {"window": (90, 30)},
+        {"kv_lengths": 150, "is_causal": True},
+        {"segment_ids": ids, "is_causal": True},
+        {"pattern": patterns.Random(3, 1, size=8), "is_causal": True},
+        {"q_offset": -37},
+        {"q_offset": 60},
+    ):
+        for choice in (
+            {"route": 3},
+            {"route": None},
+            {"select": "blocks"},
+            {"select": "blocks", "per": "block"},
+            {"select": "blocks", "per": "block", "score": "bound"},
+        ):
+            options = {"block_size": 16, "top_k": 4, "scale": 0.125, **how, **choice}
+            expected = reference.sparse_attention(q, k * 16, v, **options)
+            got = sparse_attention(q, k * 16, v, **options)
+            within = 2 * output_error(q, k * 16, v, dtype="float64", scale=0.125)
+            assert np.abs(got - expected).max() <= within, options
