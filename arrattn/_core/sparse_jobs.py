@@ -476,10 +476,12 @@ class Head:
         kinds: Any = self.kinds
         if guide is None or (kinds[span.t0 : span.t1] == 1).any():
             return None
-        q = np.multiply(span.q, np.asarray(1 / LOG2E, span.q.dtype))
+        i0, i1 = int(span.i[span.real.start]), int(span.i[span.real.stop - 1]) + 1
+        q = np.multiply(fold.enter(self.call, self.call.q[0, :, i0:i1]), self.call.scale)
         if choice.score == "bound":
             q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
-        q = q.reshape(self.g, -1, size, q.shape[-1]).sum(axis=-2)
+        starts = np.maximum(np.arange(span.t0, span.t1) * size - self.lead - i0, 0)
+        q = np.add.reduceat(q, starts, axis=1)
         s = np.matmul(q, guide[0].swapaxes(-1, -2))
         may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
         return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)

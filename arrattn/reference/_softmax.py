@@ -494,12 +494,10 @@ def _block_scores(
 
 def _query_blocks(nq: int, size: int, q_offset: Any, kv_lengths: Any, nk: int) -> int:
     """Count the blocks that the queries' positions lie in; at most, where offsets differ."""
-    offset: Any = q_offset
-    if offset is None:
-        offset = (nk if kv_lengths is None else kv_lengths) - nq
+    given = kv_lengths if q_offset is None else q_offset
     if not nq:
         return 0
-    if not isinstance(offset, Integral):
+    if given is not None and not isinstance(given, Integral):
         return (nq + size - 2) // size + 1
-    first = int(offset)
+    first = int(q_offset) if q_offset is not None else (nk if given is None else int(given)) - nq
     return (first + nq - 1) // size - first // size + 1
