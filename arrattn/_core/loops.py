@@ -310,7 +310,7 @@ def map_blocks(
 # with new arrays. Their first argument must be no array of the caller's.
 
 _kept = threading.local()
-_KEPT_AT_MOST = 1 << 20
+_KEPT_AT_MOST = 1 << 21
 
 #: Rows up to which BLAS is faster at the transposed product than at the product.
 _FEW_ROWS = 8

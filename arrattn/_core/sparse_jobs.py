@@ -173,7 +173,7 @@ class Head:
         self.n_blocks = -(-self.nk // self.size)
         self.query_blocks = -(-(self.lead + choice.queries) // self.size)
         self.k, self.v = k, v
-        self.kt = np.ascontiguousarray(_blocks(k, self.size).swapaxes(-1, -2))
+        self.kt = _blocks(k, self.size).swapaxes(-1, -2)
         self.values = _blocks(v, self.size)
         # A positive power of two changes no digit: it can come before the product.
         exact = call.scale > 0 and math.frexp(call.scale)[0] == 0.5
@@ -590,7 +590,8 @@ class Head:
         if self.after != 1.0:
             s *= np.asarray(self.after, s.dtype)
         kinds: Any = self.kinds
-        for n, block in enumerate(blocks.tolist()):
+        odd = (kinds[span.t0 : span.t1, blocks] != 2).any(axis=0)
+        for n, block in zip(np.flatnonzero(odd).tolist(), blocks[odd].tolist(), strict=True):
             part = s[n * size : (n + 1) * size].T
             for t in np.flatnonzero(kinds[span.t0 : span.t1, block] != 2).tolist():
                 rows = self._each_head(np.arange(t * size, (t + 1) * size), span)
