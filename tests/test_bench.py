@@ -220,7 +220,7 @@ def test_lengths_and_peers_choose_the_jobs() -> None:
     assert {n for job in local for n in job.lengths} == {8192, 16384, 32768}
     assert {job.lengths for job in choose_jobs(("dense",), (7,), peers=True)} == {(7,)}
     memory = [j for j in choose_jobs(("overhead",), (7, 9), peers=False) if "memory" in j.words]
-    assert [job.lengths for job in memory] == [(7,), (9,)] * 3
+    assert [job.lengths for job in memory] == [(7,), (9,)] * 4
     scaling = list(choose_jobs(("scaling",), (7, 9), peers=False))
     assert {job.lengths for job in scaling} == {(7, 9)}
 

@@ -31,11 +31,11 @@ print(time.perf_counter() - start)
 MEMORY = """
 import sys
 import numpy as np
-from arrattn import attention, linear_attention, local_attention
+from arrattn import attention, linear_attention, local_attention, sparse_attention
 from arrattn.bench.memory import traced
 n = int(sys.argv[2])
 runs = {"dense": attention, "local": local_attention, "linear": linear_attention}
-run = runs[sys.argv[1]]
+run = runs.get(sys.argv[1], sparse_attention)
 options = {"window": (128, 0)} if sys.argv[1] == "local" else {}
 draw = np.random.default_rng(0).standard_normal
 q, k, v = (draw((1, 4, n, 64), dtype=np.float32) for _ in range(3))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arrattn._core.loops import num_threads
-from arrattn.bench import ours, peers_linear
+from arrattn.bench import ours, peers_linear, peers_sparse
 from arrattn.bench.contestant import Build, Contestant
 from arrattn.bench.problem import Host, Problem
 
@@ -217,6 +217,8 @@ PEERS = {
     "onnxruntime": Peer("onnxruntime Attention", onnx_attention, ("onnx", "onnxruntime")),
     "jax": Peer("jax.nn, jitted", jax_attention, ("jax",)),
     "jax compiling": Peer("jax.nn, compiling", jax_compiling, ("jax",)),
+    "moba": Peer("MoBA in torch", peers_sparse.torch_moba, ("torch",)),
+    "flex blocks": Peer("torch flex_attention, told", peers_sparse.torch_flex_blocks, ("torch",)),
     "torch linear": Peer("the formula in torch", peers_linear.torch_linear, ("torch",)),
     "torch chunks": Peer("chunked sums in torch", peers_linear.torch_chunks, ("torch",)),
     "linear": Peer("arrattn linear", ours.linear, own=True),
