@@ -293,20 +293,20 @@ class Head:
     def _finish(self, span: Span) -> None:
         """Write output and log-sum-exp."""
         call, (_, _, _, _, real, m, total, sums) = self.call, span
+        none, empty = total == 0, np.asarray(-math.inf, total.dtype)
         if call.sinks is not None:
-            sinks = np.repeat(call.sinks.reshape(-1, 1) * LOG2E, len(span.i), axis=0)
+            empty = np.repeat(call.sinks.reshape(-1, 1), len(span.i), axis=0)
+            sinks = empty * LOG2E
             total += np.exp2(sinks if m is None else sinks - m * self.unit)
         if not (np.isfinite(total.sum()) and np.isfinite(sums.sum())):
             self.lost = True
             return
-        none = total == 0
-        if none.any():
-            total[none] = 1
+        total[total == 0] = 1
         np.divide(sums, total, out=sums)
         found = np.log(total, out=total)
         if m is not None:
             found += m * np.asarray(self.unit / LOG2E, found.dtype)
-        found[none] = -math.inf
+        np.copyto(found, empty, where=none, casting="same_kind")
         at = slice(int(span.i[real.start]), int(span.i[real.start]) + real.stop - real.start)
         self.out[:, at] = sums.reshape(self.g, -1, sums.shape[1])[:, real]
         self.lse[:, at] = found.reshape(self.g, -1)[:, real]
