@@ -45,6 +45,7 @@ Tiles = Callable[[SoftmaxInputs, Choice], tuple[Array, ...]]
 def takes(call: SoftmaxInputs, choice: Choice) -> bool:
     """Whether this schedule knows of such calls."""
     plain = call.softcap is None and call.bias is None
+    plain = plain and 0 not in (call.q.shape[-1], call.v.shape[-1])
     return plain and (choice.select == "blocks" or choice.per == "query")
 
 
