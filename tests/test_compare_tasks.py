@@ -1,4 +1,4 @@
-"""``arrattn compare --task``: recall, and the error of features."""
+"""``arrattn compare --task``: recall, the error of features, and ways to choose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arrattn import cli
-from arrattn.bench import features, recall
+from arrattn.bench import features, recall, selection
 from arrattn.bench.inputs import Inputs
 
 pytest.importorskip("matplotlib")
@@ -63,16 +63,17 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("task", ["recall", "features"])
+@pytest.mark.parametrize("task", ["recall", "features", "selection"])
 def test_a_table_and_a_picture(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "it.png"
-    options = ["--random", "--lengths", "48", "--heads", "2", "--plot", str(path)]
+    options = ["--random", "--lengths", "80", "--heads", "2", "--plot", str(path)]
     assert cli.main(["compare", "--task", task, *options]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "| delta rule" in out if task == "recall" else "| laplacian" in out
+    words = {"recall": "| delta rule", "features": "| laplacian", "selection": "| blocks by mean"}
+    assert words[task] in out
 
 
 def test_tasks_write_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,3 +94,40 @@ def test_errors_are_those_of_the_exact_kernel() -> None:
     assert all(0 < c.mean_error < 0.1 for c in found)
     positive = [c for c in found if c.features in ("positive", "hyperbolic")]
     assert all(0 < error < 0.2 for c in positive for errors in c.errors for error in errors)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+def test_ways_to_choose_are_counted_and_weighed(causal: bool) -> None:  # noqa: FBT001
+    rng = np.random.default_rng(0)
+    n, block = 90, 10
+    q, k, v = (rng.standard_normal((2, n, 8)) for _ in range(3))
+    found = {c.name: c for c in selection.curves(Inputs(q, k, v, "here"), causal=causal, seed=0)}
+    assert list(found) == list(selection.WAYS)
+    weights = np.exp(q @ np.swapaxes(k, 1, 2) / 8**0.5)
+    weights = np.tril(weights) if causal else weights
+    weights /= weights.sum(axis=-1, keepdims=True)
+    at = np.arange(n)
+    for nth, budget in enumerate(selection.BUDGETS):
+        own = at[:, None] // block == at // block
+        best = np.sort(np.where(own, -1.0, weights), axis=-1)[..., -budget * block :]
+        held = np.sum(np.where(own, weights, 0.0), axis=-1) + np.sum(np.maximum(best, 0), axis=-1)
+        exact = found["keys, exact"].points[nth]
+        assert exact.mass == pytest.approx(float(np.mean(held)))
+        some = np.sum(np.where(own, 0, 1) * (weights[0] > 0), axis=-1)
+        seen = np.sum(own * (weights[0] > 0), axis=-1) + np.minimum(some, budget * block)
+        # What a query sees is the same for all who choose as many; a window is cut at the ends.
+        for name, curve in found.items():
+            if name != "a window":
+                assert curve.points[nth].keys == pytest.approx(float(np.mean(seen))), name
+            assert curve.points[nth].mass <= exact.mass + 1e-12, name
+    # Eight blocks beside the own one are all of the nine; a window has as many on both sides.
+    for curve in found.values():
+        every = causal or curve.name != "a window"
+        assert (curve.points[-1].mass == pytest.approx(1.0)) == every
+        assert (curve.points[-1].error < 1e-12) == every
+
+
+def test_few_blocks_are_nothing_to_choose_from(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--random", "--lengths", "64", "--heads", "1"]
+    assert cli.main(["compare", "--task", "selection", *options]) == 2
+    assert "--task selection needs 73 tokens or more, got 64" in capsys.readouterr().err

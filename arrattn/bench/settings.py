@@ -22,7 +22,7 @@ INSTALL_DEMO = (
     f"{INSTALL}, or compare on random numbers, which need no model:\n    arrattn compare --random"
 )
 LENGTHS = (1024, 2048, 4096, 8192)
-TASKS = ("families", "recall", "features")
+TASKS = ("families", "selection", "recall", "features")
 FEATURE_MAPS = ("elu_plus_one", "relu", "softmax")
 
 
@@ -103,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         The command's parser.
     """
     add = parser.add_argument
-    about = "families side by side; recall of pairs; error of random features (families)"
-    add("--task", choices=TASKS, default="families", help=about)
+    about = "families side by side; ways to choose in sparse attention; recall of pairs; random"
+    add("--task", choices=TASKS, default="families", help=f"{about} features (families)")
     add("--lengths", type=read_lengths, metavar="N,N,...", help="lengths (1024,2048,4096,8192)")
     add("--families", type=_families, default=FAMILIES, metavar="NAME,...", help="(all four)")
     names = [library.name for library in LIBRARIES]

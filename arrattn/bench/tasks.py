@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from arrattn.bench import features, recall
+from arrattn.bench import features, recall, selection
 from arrattn.bench.files import write_file
-from arrattn.bench.inputs import read_inputs
+from arrattn.bench.inputs import Inputs, read_inputs
 from arrattn.bench.report import markdown
 from arrattn.bench.settings import Settings
 
@@ -31,7 +31,8 @@ def run_task(settings: Settings) -> int:
     int
         Exit status: 0, or 1 where the picture could not be written.
     """
-    return _recall(settings) if settings.task == "recall" else _features(settings)
+    tasks = {"recall": _recall, "features": _features, "selection": _selection}
+    return tasks[settings.task](settings)
 
 
 def _recall(settings: Settings) -> int:
@@ -42,16 +43,40 @@ def _recall(settings: Settings) -> int:
     return _picture(settings, lambda path: recall.draw(path, scores))
 
 
-def _features(settings: Settings) -> int:
-    def progress(what: str, how_far: str) -> None:
-        print(f"{what}: {how_far}", file=sys.stderr)
+def _progress(what: str, how_far: str) -> None:
+    print(f"{what}: {how_far}", file=sys.stderr)
 
-    # Attention by an exact kernel forms all pairs, so the shortest length will do.
-    inputs = read_inputs(settings._replace(lengths=settings.lengths[:1]), progress)
+
+def _inputs(settings: Settings) -> Inputs:
+    """Those of the shortest length: tasks form all pairs."""
+    return read_inputs(settings._replace(lengths=settings.lengths[:1]), _progress)
+
+
+def _selection(settings: Settings) -> int:
+    inputs = _inputs(settings)
+    found: list[selection.Curve] = []
+    for curve in selection.curves(inputs, causal=settings.causal, seed=settings.seed):
+        found.append(curve)
+        _progress("ways to choose", curve.name)
+    heads, n, width = inputs.q.shape
+    head, *body = selection.rows(found)
+    print(markdown(head, body))
+    kind = "causal" if settings.causal else "bidirectional"
+    mean = selection.mean_error(inputs, causal=settings.causal)
+    print(f"\n{inputs.source}; {kind}, {heads} heads of width {width}, {n:,} tokens")
+    seen = ", ".join(f"{round(p.keys):,}" for p in found[0].points)
+    print(f"share of dense attention's weight on the keys seen, and error; keys seen: {seen}")
+    print(f"the plain mean of the values has error {mean:.3f}")
+    title = f"arrattn compare --task selection: {inputs.source}, {kind}, {n:,} tokens"
+    return _picture(settings, lambda path: selection.draw(path, found, mean, title))
+
+
+def _features(settings: Settings) -> int:
+    inputs = _inputs(settings)
     found: list[features.Curve] = []
     for curve in features.curves(inputs, settings.seed):
         found.append(curve)
-        progress(f"{curve.kernel} kernel", curve.features)
+        _progress(f"{curve.kernel} kernel", curve.features)
     heads, n, width = inputs.q.shape
     head, *body = features.rows(found)
     print(markdown(head, body))
