@@ -97,7 +97,7 @@ def test_errors_are_those_of_the_exact_kernel() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
-def test_ways_to_choose_are_counted_and_weighed(causal: bool) -> None:  # noqa: FBT001
+def test_ways_to_choose_are_counted_and_weighed(causal: bool) -> None:
     rng = np.random.default_rng(0)
     n, block = 90, 10
     q, k, v = (rng.standard_normal((2, n, 8)) for _ in range(3))
