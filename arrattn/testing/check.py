@@ -31,7 +31,7 @@ ARGUMENTS = {
     "sparse": (*VISIBILITY["sparse"], *SCORING, "block_size", "top_k", "route"),
     "linear": (
         *VISIBILITY["linear"],
-        *("feature_map", "normalize", "scale", "initial_state", "return_state"),
+        *("feature_map", "normalize", "scale", "initial_state", "return_state", "log_decay"),
     ),
 }
 

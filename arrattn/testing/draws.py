@@ -148,7 +148,7 @@ def ids(draw: Draw, nq: int, nk: int, batch: Shape) -> tuple[Host, Host]:
 
 def simple_pattern(draw: Draw, nq: int, nk: int, batch: Shape) -> Sight:
     """One pattern, not composed."""
-    kind = draw(upto(0, 7))
+    kind = draw(upto(0, 10))
     if kind == 0:
         return sights.causal()
     if kind == 1:
@@ -164,6 +164,13 @@ def simple_pattern(draw: Draw, nq: int, nk: int, batch: Shape) -> Sight:
     if kind == 6:
         table = bools(draw, (draw(upto(1, 3)), draw(upto(1, 3))), 2)
         return sights.blocks(table, draw(upto(1, 4)))
+    if kind == 7:
+        return sights.dilated(draw(upto(1, 4)), *window(draw))
+    if kind == 8:
+        size = draw(upto(1, 4))
+        return sights.fixed(size, draw(upto(0, size)))
+    if kind == 9:
+        return sights.random_keys(draw(upto(0, 3)), draw(upto(0, 3)), draw(upto(1, 3)), nk)
     return sights.where(draw(upto(0, 5)), draw(upto(0, 5)))
 
 

@@ -19,7 +19,10 @@ from arrattn.testing.values import literal
 __all__ = ["Call", "script"]
 
 Host = np.ndarray[Any, Any]
-PATTERNS = ("Blocks", "Causal", "Global", "Prefix", "Segments", "Strided", "Where", "Window")
+PATTERNS = (
+    "Blocks", "Causal", "Dilated", "Fixed", "Global", "Prefix", "Random", "Segments", "Strided",
+    "Where", "Window",
+)  # fmt: skip
 
 HOST = {
     "torch": "x.detach().double().numpy()",

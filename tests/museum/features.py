@@ -312,3 +312,31 @@ class MaximumIsTheSum(Linear):
         top, total = super().sums(phi_q, phi_k, log_k, v, seen, m)
         w = np.where(seen, phi_q @ phi_k.swapaxes(-1, -2) * np.exp(log_k.swapaxes(-1, -2) - m), 0)
         return top, w.max(-1, keepdims=True, initial=-math.inf) if w.shape[-1] else total
+
+
+@wrong("linear", seen="a gate applied after the token was added, where it was to come before")
+class DecaysItsOwnToken(Linear):
+    """A token decays as soon as it has come."""
+
+    def between(self, g: Array) -> Array:
+        return super().between(g) + g[..., None, :]
+
+    def left_of(self, g: Array) -> Array:
+        return super().left_of(g) + g
+
+
+@wrong("linear", seen="a first chunk that takes the state as it comes")
+class StateHandedOverUndecayed(Linear):
+    """What went before does not decay with the tokens that come."""
+
+    def since_the_start(self, g: Array) -> Array:
+        return np.zeros_like(g)
+
+
+@wrong("linear", seen="a gate's log-sigmoid, taken of what is a logarithm already")
+class DecayThroughASigmoid(Linear):
+    """Decays go through a log-sigmoid, and 0 becomes the logarithm of a half."""
+
+    def decay(self, k: Array, o: SimpleNamespace) -> Array:
+        g = super().decay(k, o)
+        return g if o.log_decay is None else -np.log1p(np.exp(-g))

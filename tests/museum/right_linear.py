@@ -14,7 +14,7 @@ from arrattn.feature_maps._read import read_map
 from museum.right import Array, Attention, over_batch, taking
 
 LINEAR_OPTIONS: dict[str, Any] = {
-    **dict.fromkeys(("key_mask", "kv_lengths", "segment_ids", "initial_state")),
+    **dict.fromkeys(("key_mask", "kv_lengths", "segment_ids", "initial_state", "log_decay")),
     "feature_map": elu_plus_one,
     "is_causal": False,
     "normalize": True,
@@ -48,6 +48,7 @@ class Linear(Attention):
     def attend(self, q: Array, k: Array, v: Array, o: SimpleNamespace) -> tuple[Array, Any]:
         phi_q, log_q = self.features(q, o, of_queries=True)
         phi_k, log_k = self.features(k, o, of_queries=False)
+        self.decayed = self.decay(k, o)
         g = q.shape[-3] // max(k.shape[-3], 1)
         seen = self.visible((*q.shape[:-1], k.shape[-2]), o)
         heads = [self.per_query_head(x, g) for x in (phi_k, log_k[..., None], v)]
@@ -56,9 +57,31 @@ class Linear(Attention):
         if o.initial_state is not None:
             S, z = (self.per_query_head(x, g) for x in self.past(o.initial_state))
             back = np.exp(-m)
+            if self.decayed.any():
+                left = self.since_the_start(self.decayed)[..., -q.shape[-2] :, None]
+                back = back * np.exp(left)
             top, total = top + back * (phi_q @ S), total + back * (phi_q @ z)
         out = self.normalised(top, total, np.exp(m + log_q[..., None]), o)
         return out, self.state(phi_k * np.exp(log_k)[..., None], v, o)
+
+    def decay(self, k: Array, o: SimpleNamespace) -> Array:
+        """Logarithms of the decay of each token, (..., 1, N)."""
+        if o.log_decay is None:
+            return np.zeros((1, k.shape[-2]))
+        return o.log_decay.reshape(1, -1)
+
+    def since_the_start(self, g: Array) -> Array:
+        """What is left of the past, by token."""
+        return np.cumsum(g, axis=-1)
+
+    def between(self, g: Array) -> Array:
+        """The decay from a key to a query, a logarithm."""
+        total = np.cumsum(g, axis=-1)
+        return total[..., :, None] - total[..., None, :]
+
+    def left_of(self, g: Array) -> Array:
+        """The decay from a key to the end, a logarithm."""
+        return np.sum(g, axis=-1, keepdims=True) - np.cumsum(g, axis=-1)
 
     def past(self, state: LinearState) -> tuple[Array, Array]:
         return state.S, state.z[..., None]
@@ -93,6 +116,9 @@ class Linear(Attention):
         """Weighted values and weights, both without the factor exp(m) of their row."""
         w = phi_q @ phi_k.swapaxes(-1, -2) * np.exp(log_k.swapaxes(-1, -2) - m)
         w = np.where(seen, w, 0)
+        if self.decayed.any():
+            between = self.between(self.decayed)[..., -w.shape[-2] :, :]  # the last queries
+            w = w * np.exp(np.where(seen, between, 0))
         return self.mix(w, v, seen), w.sum(-1, keepdims=True)
 
     def normalised(self, top: Array, total: Array, factor: Array, o: SimpleNamespace) -> Array:
@@ -104,7 +130,9 @@ class Linear(Attention):
         """What is handed on: the sums over every key that is there."""
         there = np.broadcast_to(self.present(f.shape[-2], o)[..., 0, :], f.shape[:-1])
         f, v = np.where(there[..., None], f, 0), np.where(there[..., None], v, 0)
+        f = f * np.exp(self.left_of(self.decayed))[..., None]
         S, z = f.swapaxes(-1, -2) @ v, f.sum(-2)
         if o.initial_state is None:
             return LinearState(S, z)
-        return LinearState(o.initial_state.S + S, o.initial_state.z + z)
+        left = np.exp(np.sum(self.decayed))
+        return LinearState(left * o.initial_state.S + S, left * o.initial_state.z + z)

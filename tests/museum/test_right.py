@@ -54,6 +54,16 @@ def test_linear(lane: Lane, case: Case) -> None:
         close(got, want, within=within)
 
 
+def test_linear_with_decay() -> None:
+    options = LINEAR[-1] | {"return_state": True}
+    got, expected = (
+        RIGHT["linear"](Q, K, V, **options),
+        reference.linear_attention(Q, K, V, **options),
+    )
+    for x, want in zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True):
+        np.testing.assert_allclose(x, want, rtol=1e-12)
+
+
 # -- And each of them is wrong ----------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
@@ -121,6 +131,7 @@ LINEAR: list[dict[str, Any]] = [
     {"segment_ids": IDS, "normalize": False, "scale": 0.3},
     {"feature_map": MAP, "is_causal": True},
     {"feature_map": None, "initial_state": STATE},
+    {"is_causal": True, "initial_state": STATE, "log_decay": -RNG.random((1, 9, 1))},
 ]
 
 

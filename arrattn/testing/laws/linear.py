@@ -204,6 +204,73 @@ def scale_multiplies(run: Run, case: Case, scale: float) -> None:
     run.same(b.out, scale * a.out, 2 * near(run, (scaled, b)) + 2 * near(run, (sums, a)))
 
 
+#: Decays of tokens, one after the other.
+DECAYS = st.lists(st.sampled_from((0.0, -0.5, -0.25)), min_size=4, max_size=4)
+
+
+def decay(case: Case, values: list[float]) -> Host:
+    """`log_decay` of each token, (1, N, 1), or (N, 1) where there are no heads."""
+    g = np.resize(np.asarray(values), (case.lengths[1], 1))
+    return g if case.k.ndim == 2 else g[None]
+
+
+@law(
+    "no-decay-changes-nothing",
+    "with log_decay = 0 each weight is what it is without",
+    source="Sun et al. 2023, arXiv:2307.08621, eq. 5, with gamma = 1",
+    given=lambda s: calls(s, sees=("is_causal",), equal=True),
+    families=LINEAR,
+    needs=("log_decay",),
+)
+def no_decay(run: Run, case: Case) -> None:
+    still = case.but(log_decay=decay(case, [0.0]))
+    a, b = run("plain", case), run("still", still)
+    run.same(b.out, a.out, near(run, (case, a), (still, b)))
+
+
+@law(
+    "decay-weighs-the-distance",
+    "w_ij = exp(g_{j+1} + ... + g_i) phi(q_i) . phi(k_j): a key decays by what comes after it",
+    source="Yang et al. 2023, arXiv:2312.06635, eq. 3: S_t = diag(exp g_t) S_{t-1} + k_t v_t^T",
+    given=lambda s: st.tuples(calls(s, equal=True), DECAYS),
+    families=LINEAR,
+    needs=("log_decay", "is_causal", "normalize"),
+)
+def decay_weighs(run: Run, case: Case, values: list[float]) -> None:
+    case = case.but(is_causal=True, normalize=False)
+    g = decay(case, values)
+    total = np.exp(np.cumsum(g, axis=-2))
+    other = case.but(v=case.v / total)
+    case = case.but(log_decay=g)
+    a, b = run("decayed", case), run("by_hand", other)
+    run.same(a.out, total * b.out, 2 * near(run, (case, a)) + 2 * total * near(run, (other, b)))
+
+
+@law(
+    "the-state-decays-first",
+    "tokens in two parts, the second started from the state of the first, are the whole run",
+    source="Yang et al. 2023, arXiv:2312.06635, eq. 3: the decay of a token meets all before it",
+    given=lambda s: st.tuples(
+        calls(s, avoid=("broadcast",), equal=True), DECAYS, st.integers(0, 8)
+    ),
+    families=LINEAR,
+    needs=("log_decay", "is_causal", "initial_state", "return_state"),
+)
+def state_decays_first(run: Run, case: Case, values: list[float], cut: int) -> None:
+    cut %= case.lengths[1] + 1
+    case = case.but(is_causal=True, return_state=True, log_decay=decay(case, values))
+    whole, state, parts = run("whole", case), {}, []
+    for name, tokens in (("first", slice(0, cut)), ("second", slice(cut, None))):
+        cutting = {n: getattr(case, n)[..., tokens, :] for n in "qkv"}
+        cutting["log_decay"] = case.options["log_decay"][..., tokens, :]
+        part = run(name, case.but(**cutting, **state))
+        state = {"initial_state": LinearState(part.S.array, part.z.array)}
+        parts.append(part)
+    run.same(joined([x.out for x in parts], -2), whole.out, 2 * near(run, (case, whole)))
+    S, z = state_errors(run, case, whole)
+    same_state(run, parts[-1], (whole.S, whole.z), (2 * S, 2 * z))
+
+
 @st.composite
 def small_vectors(draw: st.DrawFn, subject: Subject) -> Case:
     """Calls with short vectors and many random features."""
