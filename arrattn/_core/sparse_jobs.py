@@ -420,6 +420,9 @@ class Head:
             return
         together = self.choice.per == "block"
         ids = self._chosen_together(span) if together else self._chosen(span)
+        if together and not self.ragged.any() and route * size * size <= EXACT:
+            self._units(span, ids)
+            return
         for pairs, _, block in self._visits(ids):
             if block == self.n_blocks:
                 break
@@ -429,6 +432,37 @@ class Head:
             s = loops.work_space("scores", (len(rows), size), span.q.dtype)
             self._scores(span, rows, block, s)
             self._add(span, rows, self._exp(s, None if span.m is None else span.m[rows]), block)
+
+    def _units(self, span: Span, ids: Array) -> None:
+        """Blocks of queries, each with all the blocks ``ids (units, route)`` that it chose."""
+        size, (many, route) = self.size, ids.shape
+        wide = route * size
+        q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
+        m = None if span.m is None else span.m.reshape(many, size, 1)
+        keys = self.kt.swapaxes(-1, -2)
+        at_once = max(1, TILE // (size * wide))
+        for a in range(0, many, at_once):
+            here, part = slice(a, a + at_once), ids[a : a + at_once]
+            n = len(part)
+            none = part == self.n_blocks
+            part = np.where(none, 0, part)
+            k, v = (
+                np.take(x, part, axis=0, mode="clip", out=loops.work_space(
+                    slot, (n, route, *x.shape[1:]), q.dtype
+                )).reshape(n, wide, -1)
+                for slot, x in (("keys of units", keys), ("values of units", self.values))
+            )  # fmt: skip
+            s = loops.work_space("scores", (n, size, wide), q.dtype)
+            np.matmul(q[here], k.swapaxes(-1, -2), out=s)
+            by_block = s.reshape(n, size, route, size).swapaxes(1, 2)
+            by_block[none] = -math.inf
+            if self.nk % self.size:
+                for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
+                    by_block[unit, which, :, self.nk % size :] = -math.inf
+            p = self._exp(s, None if m is None else m[here])
+            more = loops.work_space("values", (n, size, sums.shape[-1]), q.dtype)
+            sums[here] += np.matmul(p, v, out=more)
+            total[here] += np.matmul(p, loops.ones_column(wide, p.dtype))
 
     def _chosen(self, span: Span) -> Array:
         """The blocks of each row, ``(R, route)``, ascending, padded with the number of blocks."""

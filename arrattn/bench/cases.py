@@ -193,7 +193,7 @@ CASES: tuple[Pair | Limit, ...] = (
     Limit("overhead", "memory, local", limits.memory("local"), "MiB", 16.0, (16384,), each=True),
     Limit("overhead", "memory, sparse", limits.memory("sparse"), "MiB", None,
           (4096, 16384, 65536), each=True),
-    Limit("overhead", "memory, linear", limits.memory("linear"), "MiB", 1.0, (16384, 65536),
+    Limit("overhead", "memory, linear", limits.memory("linear"), "MiB", 16.0, (16384, 65536),
           each=True),
     Limit("scaling", "dense", limits.exponent(ours.dense, FULL), "", None, (1024, 2048, 4096)),
     Limit("scaling", "local", limits.exponent(ours.local, NEAR), "", 1.05,

@@ -259,7 +259,8 @@ def decay_weighs(run: Run, case: Case, values: list[float]) -> None:
 def state_decays_first(run: Run, case: Case, values: list[float], cut: int) -> None:
     cut %= case.lengths[1] + 1
     case = case.but(is_causal=True, return_state=True, log_decay=decay(case, values))
-    whole, state, parts = run("whole", case), {}, []
+    whole, parts = run("whole", case), []
+    state: dict[str, Any] = {}
     for name, tokens in (("first", slice(0, cut)), ("second", slice(cut, None))):
         cutting = {n: getattr(case, n)[..., tokens, :] for n in "qkv"}
         cutting["log_decay"] = case.options["log_decay"][..., tokens, :]
