@@ -102,6 +102,8 @@ class _Writer:
         if self.library.name == "dask.array":
             make = "as_dask"
         kind = f", dtype={self.dtype(dtype)}" if x.dtype.kind == "f" else ""
+        if x.dtype.kind in "iu" and x.dtype != np.int64:
+            kind = f", dtype={self.dtype(x.dtype.name)}"
         if x.size > 512 and np.all(x == x.flat[0]) and x.dtype.kind == "f":
             return f"{alias}.full({x.shape}, {x.flat[0].item()!r}{kind})"
         if x.size == 0:
