@@ -10,6 +10,7 @@ from lanes import Lane, built, rounded
 from strategies import Case
 from tolerance import accumulation, eps, largest, output_error, score_error
 
+from arrattn import sparse_attention
 from arrattn._core.engine import attend
 from arrattn._core.inputs import read_softmax
 
@@ -57,3 +58,13 @@ def in_tiles(tile: tuple[int, int]) -> Callable[..., Any]:
         return (out, lse) if return_lse else out
 
     return attention
+
+
+def is_sparse(
+    lane: Lane, case: Case, options: dict[str, Any], expected: np.ndarray[Any, Any]
+) -> None:
+    """Sparse attention of the case, with these options too, equals what another one gave."""
+    held = as_held(case, "float64")
+    within = 2 * output_error(*held.arrays, dtype="float64", **held.scores)
+    got = lane.call(sparse_attention, *case.arrays, dtype="float64", **case.options, **options)
+    lane.check(got, expected, dtype="float64", within=within)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from lanes import Lane
 from laws import for_all
-from softmax import agrees, as_held
+from softmax import agrees, is_sparse
 from strategies import Case, cases
 from tolerance import output_error
 
@@ -94,20 +94,13 @@ def test_the_mean_of_a_block_leaves_out_what_nobody_sees(
 # -- Limits -----------------------------------------------------------------------------------
 
 
-def same(lane: Lane, case: Case, options: dict[str, Any], expected: np.ndarray[Any, Any]) -> None:
-    held = as_held(case, "float64")
-    within = 2 * output_error(*held.arrays, dtype="float64", **held.scores)
-    got = lane.call(sparse_attention, *case.arrays, dtype="float64", **case.options, **options)
-    lane.check(got, expected, dtype="float64", within=within)
-
-
 @for_all(case=cases(), size=st.sampled_from((1, 3, 16)))
 def test_all_keys_chosen_is_dense(lane: Lane, case: Case, size: int) -> None:
     dense = lane.call(attention, *case.arrays, dtype="float64", **case.options)
     nk = case.lengths[1]
     for top_k in (nk, nk + 5):
         options = {"top_k": top_k, "route": None, "block_size": size}
-        same(lane, case, options, lane.to_numpy(dense))
+        is_sparse(lane, case, options, lane.to_numpy(dense))
 
 
 @for_all(case=cases(empty=False), route=st.sampled_from((None, 1)))
@@ -119,7 +112,7 @@ def test_one_block_is_dense_for_queries_inside(lane: Lane, case: Case, route: in
         case = Case(case.q[..., :1, :], case.k, case.v, {})
     dense = lane.call(attention, *case.arrays, dtype="float64", **case.options)
     options = {"block_size": nk + 2, "top_k": 0, "route": route}
-    same(lane, case, options, lane.to_numpy(dense))
+    is_sparse(lane, case, options, lane.to_numpy(dense))
 
 
 @pytest.mark.parametrize("route", [None, 2])
@@ -130,7 +123,7 @@ def test_nothing_chosen_is_block_diagonal(lane: Lane, route: int | None, n: int)
     block = np.arange(n) // 5
     case = Case(q, k, v)
     diagonal = reference.softmax_attention(q, k, v, mask=block[:, None] == block)
-    same(lane, case, {"top_k": 0, "block_size": 5, "route": route}, diagonal)
+    is_sparse(lane, case, {"top_k": 0, "block_size": 5, "route": route}, diagonal)
 
 
 def test_positions_outside_the_keys_have_no_own_block(lane: Lane) -> None:
@@ -138,7 +131,7 @@ def test_positions_outside_the_keys_have_no_own_block(lane: Lane) -> None:
     q, k, v = rng.normal(size=(3, 1, 4, 4))
     for offset in (-4, 4, 1000):
         options = {"q_offset": offset, "top_k": 0, "block_size": 2}
-        same(lane, Case(q, k, v), options, np.zeros((1, 4, 4)))
+        is_sparse(lane, Case(q, k, v), options, np.zeros((1, 4, 4)))
 
 
 @pytest.mark.parametrize("route", [None, 1])
@@ -147,7 +140,7 @@ def test_every_block_routed_is_exact(lane: Lane, route: int | None) -> None:
     q, k, v = rng.normal(size=(3, 2, 40, 4))
     exact = reference.sparse_attention(q, k, v, block_size=4, top_k=6, route=None)
     options = {"block_size": 4, "top_k": 6, "route": 10 if route else None}
-    same(lane, Case(q, k, v), options, exact)
+    is_sparse(lane, Case(q, k, v), options, exact)
 
 
 # -- Ties -------------------------------------------------------------------------------------
@@ -165,7 +158,7 @@ def test_ties_go_to_the_lower_index(lane: Lane, route: int | None) -> None:
         others = [j for j in range(n) if j // size != i // size][:top_k]
         expected[0, i, 0] = sum(2.0**j for j in own + others) / (size + top_k)
     options = {"block_size": size, "top_k": top_k, "route": route}
-    same(lane, Case(q, k, v), options, expected)
+    is_sparse(lane, Case(q, k, v), options, expected)
 
 
 @pytest.mark.parametrize("route", [None, 3])

@@ -11,7 +11,7 @@ import sights
 from hypothesis import strategies as st
 from lanes import Lane, built
 from laws import for_all
-from softmax import as_held, check_pair
+from softmax import as_held, check_pair, is_sparse
 from strategies import Case, cases
 from test_sparse import unambiguous
 from tolerance import output_error
@@ -103,19 +103,12 @@ def test_a_selection_is_of_what_is_visible_elsewhere(select: str, score: str) ->
 # -- Limits -----------------------------------------------------------------------------------
 
 
-def same(lane: Lane, case: Case, options: dict[str, Any], expected: np.ndarray[Any, Any]) -> None:
-    held = as_held(case, "float64")
-    within = 2 * output_error(*held.arrays, dtype="float64", **held.scores)
-    got = lane.call(sparse_attention, *case.arrays, dtype="float64", **case.options, **options)
-    lane.check(got, expected, dtype="float64", within=within)
-
-
 @for_all(case=cases(), size=st.sampled_from((1, 3, 16)))
 def test_all_blocks_chosen_is_dense(lane: Lane, case: Case, size: int) -> None:
     dense = lane.to_numpy(lane.call(attention, *case.arrays, dtype="float64", **case.options))
     for per in ("query", "block", "group"):
         options = {"select": "blocks", "top_k": case.lengths[1], "per": per, "block_size": size}
-        same(lane, case, options, dense)
+        is_sparse(lane, case, options, dense)
 
 
 @pytest.mark.parametrize("select", ["keys", "blocks"])
@@ -129,7 +122,7 @@ def test_nothing_chosen_leaves_what_is_always_seen(lane: Lane, select: str, per:
     expected = reference.softmax_attention(q, k, v, mask=own | window | (p < 2) | (p < 2)[:, None])
     always = sights.window(3, 0) | sights.everywhere(2)
     options = {"top_k": 0, "block_size": 6, "select": select, "per": per, "always": always}
-    same(lane, Case(q, k, v), options, expected)
+    is_sparse(lane, Case(q, k, v), options, expected)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -142,7 +135,7 @@ def test_bounds_leave_out_no_key_that_wins(lane: Lane, n: int, causal: bool) -> 
     q, v = rng.normal(size=(2, 2, n, 4))
     how = {"block_size": 8, "top_k": 5, "route": None, "is_causal": causal}
     exact = reference.sparse_attention(q, k, v, **how)
-    same(lane, Case(q, k, v), {**how, "score": "bound"}, exact)
+    is_sparse(lane, Case(q, k, v), {**how, "score": "bound"}, exact)
 
 
 def test_bounds_leave_out_most_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +172,7 @@ def test_the_order_of_blocks_does_not_matter(lane: Lane, select: str, score: str
     order = (5 * rng.permutation(6)[:, None] + np.arange(5)).reshape(-1)
     how = {"select": select, "score": score, "block_size": 5, "top_k": 2, "q_offset": 30}
     expected = reference.sparse_attention(q, k, v, **how)
-    same(lane, Case(q, k[:, order], v[:, order]), how, expected)
+    is_sparse(lane, Case(q, k[:, order], v[:, order]), how, expected)
 
 
 @pytest.mark.parametrize("per", ["query", "block", "group"])

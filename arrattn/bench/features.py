@@ -17,6 +17,7 @@ import numpy as np
 
 from arrattn import feature_maps, linear_attention
 from arrattn.bench.inputs import Inputs
+from arrattn.bench.problem import relative_error
 from arrattn.feature_maps import FeatureMap
 
 __all__ = ["Curve", "curves", "draw", "rows"]
@@ -99,8 +100,8 @@ def curves(inputs: Inputs, seed: int) -> Iterator[Curve]:
             for m in WIDTHS:
                 maps = (make(m, draw, **options) for draw in range(DRAWS))
                 outs = (linear_attention(q, k, v, feature_map=phi) for phi in maps)
-                errors.append(tuple(_off(out, exact) for out in outs))
-            yield Curve(kernel, features, tuple(errors), _off(mean, exact))
+                errors.append(tuple(relative_error(out, exact) for out in outs))
+            yield Curve(kernel, features, tuple(errors), relative_error(mean, exact))
 
 
 def _maker(kernel: str, q: Host, k: Host, seed: int) -> Callable[..., FeatureMap]:
@@ -124,10 +125,6 @@ def _maker(kernel: str, q: Host, k: Host, seed: int) -> Callable[..., FeatureMap
         return feature_maps.nystrom(phi, chosen)
 
     return made
-
-
-def _off(out: Any, exact: Host) -> float:
-    return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
 
 
 def rows(found: Sequence[Curve]) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Host", "Problem", "difference", "visible_pairs"]
+__all__ = ["Host", "Problem", "difference", "relative_error", "visible_pairs"]
 
 Host = np.ndarray[Any, Any]
 
@@ -185,6 +185,30 @@ def difference(one: Host, other: Host) -> float:
         return float("inf")
     apart = np.max(np.abs(one.astype(np.float32) - other.astype(np.float32)), initial=0.0)
     return float("inf") if np.isnan(apart) else float(apart)
+
+
+def relative_error(out: Any, exact: Any) -> float:
+    """
+    How far a result is from the exact one, as a share of that.
+
+    Parameters
+    ----------
+    out, exact : ndarray
+        Of the same shape.
+
+    Returns
+    -------
+    float
+        ``|out - exact| / |exact|``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from arrattn.bench.problem import relative_error
+    >>> relative_error(np.asarray([3.0, 3.0]), np.asarray([3.0, 4.0]))
+    0.2
+    """
+    return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
 
 
 def _longest(x: Host) -> float:

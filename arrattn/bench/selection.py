@@ -17,6 +17,7 @@ import numpy as np
 from arrattn import attention, local_attention, sparse_attention
 from arrattn.bench.files import CannotRun
 from arrattn.bench.inputs import Inputs
+from arrattn.bench.problem import relative_error
 
 __all__ = ["Curve", "Point", "curves", "draw", "mean_error", "rows"]
 
@@ -116,7 +117,7 @@ def curves(inputs: Inputs, *, causal: bool, seed: int) -> Iterator[Curve]:
                     options["block_scores"] = _drawn(inputs, block, seed)
                 out, lse, keys = _sparse(inputs, block, budget, options, causal=causal)
             mass = float(np.mean(np.exp(lse.astype(np.float64) - whole)))
-            points.append(Point(keys, mass, _off(out, exact)))
+            points.append(Point(keys, mass, relative_error(out, exact)))
         yield Curve(name, tuple(points))
 
 
@@ -138,7 +139,7 @@ def mean_error(inputs: Inputs, *, causal: bool) -> float:
     """
     exact: Any = attention(inputs.q, inputs.k, inputs.v, is_causal=causal)
     mean: Any = attention(inputs.q, inputs.k, inputs.v, is_causal=causal, scale=0.0)
-    return _off(mean, exact)
+    return relative_error(mean, exact)
 
 
 def _block(n: int) -> int:
@@ -186,10 +187,6 @@ def _drawn(inputs: Inputs, block: int, seed: int) -> Host:
     heads, n, _ = inputs.q.shape
     shape = (heads, n, -(-inputs.k.shape[-2] // block))
     return np.random.default_rng(seed).random(shape).astype(inputs.q.dtype)
-
-
-def _off(out: Host, exact: Host) -> float:
-    return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
 
 
 def rows(found: Sequence[Curve]) -> list[tuple[str, ...]]:
