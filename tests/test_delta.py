@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 import tracemalloc
 from typing import Any
 
@@ -22,7 +24,7 @@ from arrattn import (
     reference,
     set_num_threads,
 )
-from arrattn._core import loops
+from arrattn._core import gated, loops
 
 # Where every new shape is compiled, or becomes a graph, a few calls stand for the laws.
 eager = pytest.mark.lanes(
@@ -313,6 +315,44 @@ def test_an_item_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(got, whole[1:])
 
 
+def test_spans_hand_the_memory_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, prepared, calls = tokens(41), gated._prepared, itertools.count()
+
+    def late(*args: Any) -> Any:
+        if next(calls) % 3 == 0:
+            time.sleep(0.01)  # the spans behind it are ready first
+        return prepared(*args)
+
+    monkeypatch.setattr(gated, "_prepared", late)
+    expected, after = reference.delta_steps(*case.arrays, **case.options)
+    results = []
+    for threads in (1, 2, 3, 7):
+        with chunks_of(2), set_num_threads(threads):  # eleven spans
+            results.append(delta_attention(*case.arrays, return_state=True, **case.options))
+    within, state_within = delta_errors(case, "float64", expected)
+    for out, state in results:
+        np.testing.assert_array_equal(out, results[0][0])
+        np.testing.assert_array_equal(state.S, results[0][1].S)
+    close(results[0][0], expected, within=within)
+    close(results[0][1].S, after.S, within=state_within)
+
+
+def test_a_span_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, calls = gated._prepared, itertools.count()
+
+    def fails(*args: Any) -> Any:
+        if next(calls) == 1:
+            time.sleep(0.05)  # by now the next spans wait for this one
+            msg = "no room"
+            raise MemoryError(msg)
+        return prepared(*args)
+
+    monkeypatch.setattr(gated, "_prepared", fails)
+    case = tokens(41)
+    with chunks_of(2), set_num_threads(3), pytest.raises(MemoryError, match="no room"):
+        delta_attention(*(x[0] for x in case.arrays), beta=case.options["beta"][0])
+
+
 def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
     import jax
 
@@ -321,7 +361,7 @@ def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
         traced = jax.make_jaxpr(lambda x: delta_attention(x, x, x, beta=beta, log_decay=-abs(x)))
         return str(traced(x)).count(" = ")
 
-    assert equations(1100) == equations(9292)  # the same rest
+    assert equations(2124) == equations(9292)  # whole spans, and the same rest
 
 
 def test_working_memory_does_not_grow_with_the_length() -> None:
@@ -335,4 +375,4 @@ def test_working_memory_does_not_grow_with_the_length() -> None:
 
     with set_num_threads(1):
         beyond_outputs(64)  # what a first call loads stays, and does not count
-        assert beyond_outputs(16384) < 1.2 * beyond_outputs(2048)
+        assert beyond_outputs(16384) < 1.2 * beyond_outputs(2 * gated.SPAN * gated.CHUNK)

@@ -12,6 +12,7 @@ the delta rule is a triangular system, solved by the inverse of its matrix.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from arrattn.feature_maps import Features
 CHUNK = 32
 
 #: Chunks of a span.
-SPAN = 16
+SPAN = 32
 
 
 def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array, Array]:
@@ -103,15 +104,53 @@ def _fold(
     how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces, step: Any = None
 ) -> Memory:
     """Go through a sequence span by span."""
+    plain = step is None and s.ids is None and memory.bad is None and memory.log is None
+    spans = how._replace(chunk=how.chunk * SPAN)
+    several = s.k.shape[-2] > spans.chunk
+    if plain and several and s.q is not None and out.into is not None:
+        return _relay(how, x, memory, s, out)
     span = partial(step or _span, how, x)
 
     def one(memory: Memory, part: Any) -> Any:
         return loops.recomputed(span, memory, Sequence(*part), xp=how.xp)
 
-    spans = how._replace(chunk=how.chunk * SPAN)
     parts = list(zip(s, AXES, strict=True))
     after: Memory = recurrence.over_chunks(one, memory, parts, s.k.shape[-2], spans, out)
     return after
+
+
+def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces) -> Memory:
+    """
+    `_fold` on NumPy's threads: each job a span, and the memory handed from one to the next.
+
+    Only the way from chunk to chunk waits for its turn. It consists of many small products,
+    and two threads that do those at once mostly wait for the interpreter.
+    """
+    n, size = s.k.shape[-2], how.chunk * SPAN
+    turns = [threading.Event() for _ in range(-(-n // size) + 1)]
+    turns[0].set()
+    S, into = memory.S, out.next(n)
+
+    def job(i: int) -> None:
+        nonlocal S
+        try:
+            cut = slice(i * size, min(n, (i + 1) * size))
+            parts = (
+                None if a is None else a[(..., cut, *(slice(None),) * (-1 - axis))]
+                for a, axis in zip(s, AXES, strict=True)
+            )
+            own = _read(how, x, memory, Sequence(*parts))
+            ready = _prepared(own.chunks, how.xp)
+            turns[i].wait()
+            S, ys = loops.scan(ready.step, S, ready.xs, xp=how.xp)
+            turns[i + 1].set()
+            top = recurrence.chunks_joined(_outputs(ready, ys, False, how.xp), how.xp)
+            into[..., cut, :] = recurrence.finish(how, x, own.f, top, None, None)[..., : own.n, :]
+        finally:
+            turns[i + 1].set()  # after an error too: nobody may wait for it
+
+    loops.run_jobs([partial(job, i) for i in range(len(turns) - 1)])
+    return memory._replace(S=S)
 
 
 def _all_tokens(how: How, x: Operands, *, queries: bool) -> Sequence:
@@ -229,21 +268,14 @@ def _span(
     """
     Go through a span; `strict` reads before it writes, `raw` leaves the sums unfinished.
     """
-    xp, n = how.xp, s.k.shape[-2]
-    size = _chunk_size(n, how.chunk)
-    s = _padded(s, -n % size, xp)
-    keys = recurrence.read_keys(how, x, s.k, s.v, s.mask)
-    gates, beta, keys, first = _read_gates(how, s, keys, memory)
+    xp = how.xp
+    n, f, keys, chunks, first = _read(how, x, memory, s)
     bad = None
     if keys.bad is not None:
         bad, after_bad = _spoiled(keys.bad, memory.bad, first, strict=strict, xp=xp)
         memory = memory._replace(bad=after_bad)
     if s.ids is not None:
         memory = memory._replace(ids=s.ids[..., -1])
-    f = None
-    if s.q is not None:
-        f = how.feature_map.phi_q(xp.astype(s.q, how.acc, copy=False), xp, x.weights)
-    chunks = _cut(f, keys, gates, beta, size, xp)
     through = _through_plain if keys.log is None else _through_logs
     memory, top, base = through(memory, chunks, strict, xp)
     if f is None:
@@ -260,6 +292,29 @@ def _span(
         base = None if base is None else finite(base, xp)
         out = recurrence.finish(how, x, f, top, base, bad)
     return memory, out[..., :n, :]
+
+
+class Span(NamedTuple):
+    """A span as it was read, filled up to whole chunks."""
+
+    n: int  # tokens, before it was filled up
+    f: Any  # Features, or None without queries
+    keys: Keys
+    chunks: Chunks
+    first: Array | None  # where a segment begins, (..., T)
+
+
+def _read(how: How, x: Operands, memory: Memory, s: Sequence) -> Span:
+    """Read the tokens of a span; of the memory, only which segment it belongs to."""
+    xp, n = how.xp, s.k.shape[-2]
+    size = _chunk_size(n, how.chunk)
+    s = _padded(s, -n % size, xp)
+    keys = recurrence.read_keys(how, x, s.k, s.v, s.mask)
+    gates, beta, keys, first = _read_gates(how, s, keys, memory)
+    f = None
+    if s.q is not None:
+        f = how.feature_map.phi_q(xp.astype(s.q, how.acc, copy=False), xp, x.weights)
+    return Span(n, f, keys, _cut(f, keys, gates, beta, size, xp), first)
 
 
 def _chunk_size(n: int, most: int) -> int:
@@ -388,12 +443,30 @@ def _factors(steps: Array, until_end: Array, xp: Namespace) -> Factors:
     return Factors(start, xp.exp(until_end), xp.matrix_transpose(start[..., -1:, :]))
 
 
+class Ready(NamedTuple):
+    """What a span does that no memory is needed for."""
+
+    step: Callable[..., Any]
+    xs: tuple[Array, ...]
+    pairs: Array | None  # (C, ..., Hkv, G, c, c), not yet cut at the diagonal
+    within: Array  # (C, ..., c, c), decay from column to row
+    v: Array | None  # as in `Chunks`; None where the steps find what is written
+
+
 def _through_plain(
     memory: Memory, x: Chunks, strict: bool, xp: Namespace
 ) -> tuple[Memory, Array | None, None]:
     """
     Memory and outputs (C, ..., Hkv, G, c, columns) of features without logarithms.
     """
+    ready = _prepared(x, xp)
+    S, ys = loops.scan(ready.step, memory.S, ready.xs, xp=xp)
+    memory = memory._replace(S=S)
+    return memory, None if x.q is None else _outputs(ready, ys, strict, xp), None
+
+
+def _prepared(x: Chunks, xp: Namespace) -> Ready:
+    """All products of a span but those with the memory."""
     steps, beyond = x.gates
     between = decay.between(steps, xp)
     within, to_end = xp.exp(between), xp.matrix_transpose(between[..., -1:, :])
@@ -403,22 +476,23 @@ def _through_plain(
         left = Factors(*(a * b for a, b in zip(left, slower, strict=True)))
     into = xp.matrix_transpose(x.k * left.until_end)
     readers = () if x.q is None else (x.q * left.since_start[..., None, :, :],)
-    step: Callable[..., Any]
-    xs: tuple[Array, ...]
     if x.beta is None:
-        step, xs = _add, (left.whole, into @ x.v, *readers)
         pairs = None if x.q is None else decay.products(x.q, x.k, beyond, xp)
-    else:
-        pairs, solved = _solved(x, beyond, within, xp)
-        told = x.k * left.since_start
-        step, xs = _correct, (left.whole, into, solved @ x.v, solved @ told, *readers)
-    S, ys = loops.scan(partial(step, xp=xp), memory.S, xs, xp=xp)
-    memory = memory._replace(S=S)
-    if pairs is None:
-        return memory, None, None
-    top, u = ys if x.beta is not None else (*ys, x.v)
-    seen = within * decay.at_or_before(within.shape[-1], within, strict=strict, xp=xp)
-    return memory, top + tiles.group_matmul(pairs * seen[..., None, :, :], u, xp=xp), None
+        xs = (left.whole, into @ x.v, *readers)
+        return Ready(partial(_add, xp=xp), xs, pairs, within, x.v)
+    pairs, solved = _solved(x, beyond, within, xp)
+    told = x.k * left.since_start
+    xs = (left.whole, into, solved @ x.v, solved @ told, *readers)
+    return Ready(partial(_correct, xp=xp), xs, pairs, within, None)
+
+
+def _outputs(ready: Ready, ys: tuple[Array, ...], strict: bool, xp: Namespace) -> Array:
+    """What queries read of the memory before their chunk, and of the pairs within it."""
+    top, u = ys if ready.v is None else (*ys, ready.v)
+    seen = ready.within * decay.at_or_before(
+        ready.within.shape[-1], ready.within, strict=strict, xp=xp
+    )
+    return top + tiles.group_matmul(ready.pairs * seen[..., None, :, :], u, xp=xp)
 
 
 def _solved(

@@ -414,7 +414,8 @@ class Pieces:
     """
 
     def __init__(self, into: Array | None = None) -> None:
-        self.into, self.filled = into, 0
+        self.into: Any = into
+        self.filled = 0
         self.held: list[Array] = []
 
     def add(self, piece: Array) -> None:
@@ -425,6 +426,11 @@ class Pieces:
         stop = self.filled + piece.shape[-2]
         self.into[..., self.filled : stop, :] = piece
         self.filled = stop
+
+    def next(self, n: int) -> Array:
+        """The place of the next `n` rows, to write them in any order; only of an `into`."""
+        start, self.filled = self.filled, self.filled + n
+        return self.into[..., start : self.filled, :]
 
     def joined(self, *, xp: Namespace) -> Array:
         """The whole."""

@@ -134,7 +134,7 @@ def attend(
     """
     Do a call as suits its library: what `run`, or `through` in its place, gives.
 
-    On NumPy the heads of an item are a job each, or `together` as few jobs as there are threads.
+    On NumPy the heads of an item are a job each, or one job `together`, which may make its own.
     """
     through = run if through is None else through
     kind = loops.schedule(how.xp)
@@ -154,7 +154,7 @@ def run_threads(
     how: How, x: Operands, through: Run, *, together: bool
 ) -> tuple[Array, Array, Array]:
     """
-    `through` on NumPy: a job for each batch item and one or some of its key heads.
+    `through` on NumPy: a job for each batch item and one or all of its key heads.
     """
     (hkv, g, nq, _), dv = x.q.shape[-4:], x.v.shape[-1]
     f = features_of(how.feature_map, x.k, how.acc, how.xp, x.weights)
@@ -177,8 +177,7 @@ def run_threads(
         else:
             _, S[at], z[at] = through(alone, own, into)
 
-    heads = -(-hkv * math.prod(how.batch) // loops.num_threads()) if together else 1
-    heads = max(1, min(heads, hkv))
+    heads = max(1, hkv) if together else 1
     jobs = [
         partial(job, b, slice(h, min(h + heads, hkv)))
         for b in np.ndindex(*how.batch)
