@@ -39,8 +39,6 @@ class _Signed(_Plain):
 
 
 class _EluPlusOne(_Plain):
-    """``exp(min(x, 0)) + max(x, 0)`` is the same, number by number, in fewer passes."""
-
     def write_q(self, x: Array, out: Array, weights: Array | None = None) -> None:
         del weights
         zeros, held = loops.zeros_like(x), loops.work_space("elu", x.shape, x.dtype)
@@ -73,12 +71,13 @@ class _Exp(_Plain):
     write_k = write_q
 
 
-# Written so that a NaN fails every comparison and comes out as it went in.
 def _elu_plus_one(x: Array, xp: Namespace) -> Array:
-    # The inner `where` keeps the branch not taken from overflowing in gradients.
-    return xp.where(x < 0, xp.exp(xp.where(x < 0, x, 0.0)), x + 1.0)
+    # NaN stays NaN, nothing overflows in gradients, and at 0 both halves of the slope add up to 1.
+    zero = xp.zeros((), dtype=x.dtype, device=loops.device_of(x))
+    return xp.exp(xp.minimum(x, zero)) + xp.maximum(x, zero)
 
 
+# Written so that a NaN fails the comparison and comes out as it went in.
 def _relu(x: Array, xp: Namespace) -> Array:
     return xp.where(x < 0, 0.0, x)
 
