@@ -204,6 +204,37 @@ def test_documents_side_by_side_look_only_at_their_own_keys() -> None:
     assert not any(run.hide for strip in strips for run in strip.runs)
 
 
+@pytest.mark.parametrize(("n", "at"), [(2048, 0), (2000, 0), (700, 1300), (512, -100)])
+def test_hardly_more_than_what_causal_order_shows_is_computed(n: int, at: int) -> None:
+    pattern = Causal()
+    strips = jobs._cut(pattern, 1, n, n + max(at, 0), at, None, True).strips
+    rows = [
+        (jobs._rows_that_see(pattern, strip.i0, at, strip.rows, run)[0], run)
+        for strip in strips
+        for run in strip.runs
+    ]
+    looked = sum((stop - first) * (run.j1 - run.j0) for (first, stop), run in rows)
+    shown = sum(max(0, i + at + 1) for i in range(n))
+    assert shown <= looked <= shown + n * (jobs.STEP + jobs.GRAIN)
+
+
+def test_a_pattern_that_shows_some_of_everything_is_not_cut_into_steps() -> None:
+    (strip,) = jobs._cut(Strided(2), 1, 512, 512, 0, None, True).strips
+    assert len(strip.runs) == 1
+
+
+@pytest.mark.parametrize("costs", [[0, 0], [9, 0, 1], [jobs.BUNDLE + 1, 1, jobs.BUNDLE], []])
+def test_every_job_is_in_one_bundle_and_no_bundle_is_large(costs: list[int]) -> None:
+    done: list[int] = []
+    bundles = jobs._bundled([(cost, lambda i=i: done.append(i)) for i, cost in enumerate(costs)])
+    for bundle in bundles:
+        before = len(done)
+        bundle()
+        own = [costs[i] for i in done[before:]]
+        assert len(own) == 1 or sum(own) <= jobs.BUNDLE
+    assert sorted(done) == list(range(len(costs)))
+
+
 @pytest.mark.parametrize("width", [16, 256])
 def test_global_positions_beside_a_window_cost_what_they_see(width: int) -> None:
     n = 8192

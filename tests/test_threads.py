@@ -99,6 +99,33 @@ def test_jobs_within_jobs_finish() -> None:
     assert sorted(done) == sorted(list(range(5)) * 8)
 
 
+@pytest.mark.skipif(loops._processor() is None, reason="the platform does not tell processors")
+def test_helpers_keep_off_the_processor_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    pool = loops._Pool(2)
+    assert pool.executor.submit(int).result() == 0
+    (helper,) = pool.ids
+    for here in sorted(allowed):
+        monkeypatch.setattr(loops, "_processor", lambda here=here: lambda: here)
+        pool.make_room()
+        assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
+        assert os.sched_getaffinity(0) == allowed
+    pool.executor.submit(pool.make_room).result()
+    assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
+
+
+def test_a_system_that_lets_no_thread_be_placed_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(loops, "_pool", loops._Pool)
+    monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
+    done: list[int] = []
+    for _ in range(2):
+        loops.run_jobs([lambda: done.append(1)] * 4)
+    assert len(done) == 8
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform cannot fork")
 def test_a_forked_child_can_compute() -> None:
     program = """

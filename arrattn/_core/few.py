@@ -25,11 +25,11 @@ from arrattn._core.typing import Array
 #: Rows of a head up to which this is worth while.
 ROWS = 16
 
-#: Keys of a part, and of all heads of a job.
-PART, TOGETHER = 1 << 13, 1 << 14
+#: Keys of a part, and scores of a job.
+PART, TOGETHER = 1 << 13, 1 << 17
 
-#: Keys of one product, and scores side by side in a reduction.
-CACHED, WIDE = 1024, 64
+#: Scores of one product, which BLAS is fastest at while they are few, and keys of a weighted sum.
+SCORES, SUMMED = 1 << 10, 512
 
 
 class Few:
@@ -53,8 +53,10 @@ class Few:
 
     def jobs(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """What is to be run, in any order, each with how much it reads."""
+        (hkv, g), (nq, _), threads = self.call.heads, self.call.lengths, loops.num_threads()
         longest = max((j1 - j0 for j0, j1 in self.parts), default=1)
-        lanes = max(1, TOGETHER // longest)
+        each = -(-math.prod(self.call.batch) * hkv * len(self.parts) // threads)
+        lanes = max(1, min(TOGETHER // (g * nq * longest), each))
         for at in _boxes(self.call.batch, self.call.heads[0], lanes):
             q = _cut(self.call.q, at, 4)
             k, v = (_cut(x, at, 3) for x in (self.call.k, self.call.v))
@@ -129,32 +131,31 @@ def gather(q: Array, k: Array, v: Array, scale: float) -> State:
     """
     lead = np.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
     r, m = q.shape[-2], k.shape[-2]
-    even = m - m % CACHED
-    qt = (q * np.asarray(scale * LOG2E, q.dtype)).swapaxes(-1, -2)
-    s = loops.work_space("scores", (*lead, m, r), q.dtype)
-    # BLAS is fastest from keys that its caches hold.
-    if even:
-        near = s[..., :even, :].reshape(*lead, even // CACHED, CACHED, r)
-        np.matmul(_chunks(k, even), qt[..., None, :, :], out=near)
-    if even < m:
-        np.matmul(k[..., even:, :], qt, out=s[..., even:, :])
-    # A row of s is short, so many are taken as one.
-    many = max(1, WIDE // r)
-    wide = s[..., : m - m % many, :].reshape(*lead, -1, many * r)
-    rest = s[..., m - m % many :, :]
-    tops = wide.max(axis=-2, initial=-math.inf).reshape(*lead, -1, r)
-    top = np.concatenate([tops, rest], axis=-2).max(axis=-2)
-    shift = np.where(top == -math.inf, 0, top)[..., None, :]
-    np.subtract(wide, np.tile(shift, many), out=wide)
-    np.subtract(rest, shift, out=rest)
+    q = q * np.asarray(scale * LOG2E, q.dtype)
+    s = loops.work_space("scores", (*lead, r, m), q.dtype)
+    for rows, keys in _chunks(s, k, 1 << max(SCORES // r, 1).bit_length() - 1):
+        np.matmul(q[..., None, :, :], keys.swapaxes(-1, -2), out=rows)
+    top = s.max(axis=-1, keepdims=True, initial=-math.inf)
+    np.subtract(s, np.where(top == -math.inf, 0, top), out=s)
     np.exp2(np.maximum(s, LOW, out=s), out=s)
-    pt = s.swapaxes(-1, -2)
-    total = np.matmul(pt, loops.ones_column(m, s.dtype))
-    o = np.matmul(pt[..., even:], v[..., even:, :])
-    if even:
-        o += np.matmul(near.swapaxes(-1, -2), _chunks(v, even)).sum(axis=-3)
-    return State((top * np.asarray(1 / LOG2E, s.dtype))[..., None], total, o)
+    total = np.matmul(s, loops.ones_column(m, s.dtype))
+    o = sum(np.matmul(rows, values).sum(axis=-3) for rows, values in _chunks(s, v, SUMMED))
+    return State(top * np.asarray(1 / LOG2E, s.dtype), total, o)
 
 
-def _chunks(x: Array, even: int) -> Array:
-    return x[..., :even, :].reshape(*x.shape[:-2], even // CACHED, CACHED, x.shape[-1])
+def _chunks(s: Array, x: Array, n: int) -> Iterator[tuple[Array, Array]]:
+    """
+    Columns of ``s (..., R, m)`` with their keys or values ``x (..., m, E)``, `n` at a time.
+
+    Views ``(..., chunks, R, n)`` and ``(..., chunks, n, E)``, and one of a shorter chunk.
+    """
+    m = x.shape[-2]
+    even = m - m % n
+    for start, stop, size in ((0, even, n), (even, m, m - even)):
+        if start < stop:
+            rows = s[..., start:stop].reshape(*s.shape[:-1], (stop - start) // size, size)
+            keys = x[..., start:stop, :]
+            yield (
+                rows.swapaxes(-3, -2),
+                keys.reshape(*x.shape[:-2], (stop - start) // size, size, x.shape[-1]),
+            )

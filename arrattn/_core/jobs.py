@@ -43,6 +43,9 @@ from arrattn.patterns import NO_EDGES, Pattern, Rectangles
 #: Scores held at once by one worker: a MiB of float32, about a second-level cache.
 BUDGET = 1 << 18
 
+#: Pairs that small jobs have together when one thread does them.
+BUNDLE = BUDGET // 2
+
 #: Pairs of a head, and keys, up to which many heads are done at once.
 SMALL, SMALL_KEYS = 1 << 14, 512
 
@@ -52,13 +55,17 @@ FEW_KEYS = 1 << 14
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
 
+#: Keys of a step along the edge of what is seen, and what each step costs, counted in pairs.
+STEP, STEP_OVERHEAD = 128, 1 << 13
+
 #: Keys from which on weights are read along diagonals rather than row by row.
 WIDE = 512
 
 #: Short runs of keys are put together up to so many.
 GATHERED = 256
 
-#: Bands of a local window: rows of their tiles, from the smallest.
+#: Bands of a local window: scores held at once, and rows of their tiles, from the smallest.
+BAND = 1 << 19
 BAND_ROWS = (32, 64, 128, 256)
 
 
@@ -138,15 +145,39 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
             together.append(Few(item, keys, out[b], lse[b]))
             jobs += together[-1].jobs()
             continue
+        # Where they take little time, norms are computed before there are threads to wait for.
+        reach = gather.reach(item.k, item.v, call.acc) if item.k.size <= BUDGET else None
         for h in range(hkv):
             head = Head(head_item(item, h), out[b][h], lse[b][h])
+            if reach is not None:
+                head._reach = reach[h]
             jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
-    # The largest first: whoever is done early then finds small ones.
-    jobs.sort(key=lambda job: -job[0])
-    loops.run_jobs([job for _, job in jobs], small=small)
+    loops.run_jobs(_bundled(jobs), small=small)
     for one in together:
         one.finish()
     return out, lse
+
+
+def _bundled(jobs: list[tuple[int, Any]]) -> list[Any]:
+    """
+    The largest jobs first, for whoever is done early to find small ones, and those in bundles.
+
+    Two threads that do many small things at once mostly wait for the interpreter.
+    """
+    bundles: list[list[Any]] = []
+    room = 0
+    for cost, job in sorted(jobs, key=lambda job: -job[0]):
+        if not bundles or cost > room:
+            bundles.append([])
+            room = BUNDLE
+        bundles[-1].append(job)
+        room -= cost
+    return [partial(_run_bundle, bundle) for bundle in bundles]
+
+
+def _run_bundle(bundle: list[Any]) -> None:
+    for job in bundle:
+        job()
 
 
 def _parts(
@@ -364,7 +395,8 @@ def _cut_tiles(
     tile: tuple[int, int] | None,
     free: bool,
 ) -> Cut:
-    grain = GRAIN if pattern is not None and pattern.relative else None
+    relative = pattern if pattern is not None and pattern.relative else None
+    grain = None if relative is None else GRAIN
     edges = NO_EDGES if pattern is None or tile else pattern.edges(nk, at)
     shape = tile or choose_tile(
         pattern, nq, nk, at, lanes=g, budget=BUDGET, grain=grain, edges=edges
@@ -376,6 +408,7 @@ def _cut_tiles(
         i0, i1 = plan.rows(t)
         runs = (Run(*run) for run in plan.runs(t, _pairs_at_once(g, i1 - i0), apart=True))
         strip = _settled(Strip(i0, i1 - i0, 1, tuple(runs)), pattern, at)
+        strip = strip if relative is None else _stepped(strip, relative, g, at)
         strips.append(_gathered(strip, g) if free else strip)
     return Cut(tuple(strips), None, plan)
 
@@ -383,6 +416,29 @@ def _cut_tiles(
 def _pairs_at_once(g: int, rows: int) -> int:
     """How many pairs of a head a run may have."""
     return BUDGET // g if g * rows > few.ROWS else min(BUDGET // g, rows * FEW_KEYS)
+
+
+def _stepped(strip: Strip, pattern: Pattern, g: int, at: int) -> Strip:
+    """
+    A strip whose runs follow the edge of what is seen in steps, where that leaves out enough.
+    """
+    runs: list[Run] = []
+    for run in strip.runs:
+        steps = [run._replace(j0=j, j1=min(j + STEP, run.j1)) for j in range(run.j0, run.j1, STEP)]
+        ways = ([run], steps) if run.hide and len(steps) > 1 else ([run],)
+        runs += min(ways, key=partial(_cost_of_runs, strip, pattern, g, at))
+    return strip._replace(runs=tuple(runs))
+
+
+def _cost_of_runs(strip: Strip, pattern: Pattern, g: int, at: int, runs: list[Run]) -> int:
+    """Pairs that are looked at in these runs of a strip, and what it costs to begin with them."""
+    if len(runs) == 1:
+        return g * strip.rows * (runs[0].j1 - runs[0].j0)
+    pairs = 0
+    for run in runs:
+        first, stop = _rows_that_see(pattern, strip.i0, at, strip.rows, run)[0]
+        pairs += g * (stop - first) * (run.j1 - run.j0)
+    return pairs + STEP_OVERHEAD * (len(runs) - 1)
 
 
 def _settled(strip: Strip, pattern: Pattern | None, at: int) -> Strip:
@@ -505,8 +561,8 @@ def _band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) ->
     fitting = [n for n in BAND_ROWS if g * n * (n + width - 1) <= BUDGET // 2]
     if not fitting or nq < 2 * fitting[0] or nk < 2 * width:
         return None
-    # Half of the width: fewer rows make small products, more rows compute more that is hidden.
-    return next((n for n in fitting if 2 * n >= width - 1), fitting[-1])
+    # Fewer rows make small products, more rows compute more that is hidden.
+    return next((n for n in fitting if 8 * n >= width - 1), fitting[-1])
 
 
 def _cut_band(
@@ -517,7 +573,7 @@ def _cut_band(
     # Tiles whose whole band lies among the keys are alike, so many are computed at once.
     first = min(max(start, -lo - at), stop)
     alike = max(0, min(stop, nk - hi + 1 - at) - first) // rows
-    most = max(1, BUDGET // (g * rows * width))
+    most = max(1, BAND // (g * rows * width))
 
     def edge(i0: int, i1: int) -> Iterator[Strip]:
         for i in range(i0, i1, rows):

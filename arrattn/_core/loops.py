@@ -7,12 +7,13 @@ fallback. No other module of the core names an array library.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -523,9 +524,48 @@ def _blas_settings() -> list[tuple[Callable[[], int | None], Callable[[int], Non
     ]
 
 
+class _Pool:
+    """
+    Threads that help a caller, kept off the processor that it is on.
+
+    Linux wakes a thread where the one that woke it is; where few processors share a cache it
+    may leave both there for longer than a call takes, and others idle.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.ids: list[int] = []
+        self.away: tuple[frozenset[int], int, int] | None = None
+        self.executor = ThreadPoolExecutor(
+            threads, "arrattn", initializer=lambda: self.ids.append(threading.get_native_id())
+        )
+
+    def make_room(self) -> None:
+        """Let no helper begin where the calling thread is."""
+        where = _processor()
+        if where is None or threading.get_native_id() in self.ids:
+            return
+        allowed, here = frozenset(os.sched_getaffinity(0)), where()
+        if (allowed, here, len(self.ids)) == self.away:
+            return
+        self.away = allowed, here, len(self.ids)
+        with suppress(OSError):  # a helper that is gone, or a system that forbids it
+            for thread in self.ids:
+                os.sched_setaffinity(thread, allowed - {here} or allowed)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> Callable[[], int] | None:
+    """What tells the processor that the calling thread is on; None where nothing can."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    # A call that keeps the interpreter takes less time than a turn in that.
+    function: Callable[[], int] | None = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
+    return function
+
+
 @lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="arrattn")
+def _pool(threads: int) -> _Pool:
+    return _Pool(threads)
 
 
 _blas = _Blas()
@@ -570,7 +610,10 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
     with _blas.held():
         threads = num_threads()
         pool = _pool(threads)
-        futures = [pool.submit(_run_all, shared()) for _ in range(min(threads, len(jobs)) - 1)]
+        pool.make_room()
+        futures = [
+            pool.executor.submit(_run_all, shared()) for _ in range(min(threads, len(jobs)) - 1)
+        ]
         try:
             _run_all(shared())
         finally:

@@ -34,6 +34,7 @@ LEAST = 5e-3  # seconds that one turn lasts at least: shorter ones measure the c
 SHORT = 0.1  # seconds of a call below which waking threads and filling caches would tell
 BUDGET = 5.0  # seconds for one case, where that leaves the fewest rounds
 FEWEST, MOST = 5, 21
+TICK = 12e-3  # seconds within which a kernel takes note of a thread that does not stop
 
 
 class Plan(NamedTuple):
@@ -215,6 +216,7 @@ def settle(
 
     Worker threads of OpenMP and of onnxruntime spin for some milliseconds after their
     work, OpenBLAS's for a tenth of a second: on a processor that the next contestant needs.
+    The time of a thread that spins is known at the kernel's ticks, every 10 ms on some machines.
 
     Parameters
     ----------
@@ -227,7 +229,7 @@ def settle(
     """
     for _ in range(100):
         busy, start = cpu(), clock()
-        sleep(0.003)
+        sleep(TICK)
         if cpu() - busy < 0.1 * (clock() - start):
             return
 
