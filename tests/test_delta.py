@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 import tracemalloc
 from typing import Any
@@ -315,15 +316,18 @@ def test_an_item_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(got, whole[1:])
 
 
-def test_spans_hand_the_memory_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, prepared, calls = tokens(41), gated._prepared, itertools.count()
+@RULES
+def test_spans_hand_the_memory_on_in_turn(
+    channels: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, read, calls = tokens(41, channels), gated._read, itertools.count()
 
     def late(*args: Any) -> Any:
         if next(calls) % 3 == 0:
             time.sleep(0.01)  # the spans behind it are ready first
-        return prepared(*args)
+        return read(*args)
 
-    monkeypatch.setattr(gated, "_prepared", late)
+    monkeypatch.setattr(gated, "_read", late)
     expected, after = reference.delta_steps(*case.arrays, **case.options)
     results = []
     for threads in (1, 2, 3, 7):
@@ -338,16 +342,16 @@ def test_spans_hand_the_memory_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_span_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, calls = gated._prepared, itertools.count()
+    read, calls = gated._read, itertools.count()
 
     def fails(*args: Any) -> Any:
         if next(calls) == 1:
             time.sleep(0.05)  # by now the next spans wait for this one
             msg = "no room"
             raise MemoryError(msg)
-        return prepared(*args)
+        return read(*args)
 
-    monkeypatch.setattr(gated, "_prepared", fails)
+    monkeypatch.setattr(gated, "_read", fails)
     case = tokens(41)
     with chunks_of(2), set_num_threads(3), pytest.raises(MemoryError, match="no room"):
         delta_attention(*(x[0] for x in case.arrays), beta=case.options["beta"][0])
@@ -365,14 +369,19 @@ def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
 
 
 def test_working_memory_does_not_grow_with_the_length() -> None:
-    def beyond_outputs(n: int) -> int:
+    peaks: dict[int, int] = {}
+
+    def beyond_outputs(n: int) -> None:
         x, beta = np.ones((2, n, 32), np.float32) / 6, np.ones((2, n), np.float32)
         tracemalloc.start()
-        delta_attention(x, x, x, beta=beta, log_decay=-beta)
-        peak = tracemalloc.get_traced_memory()[1]
+        with set_num_threads(1):
+            delta_attention(x, x, x, beta=beta, log_decay=-beta)
+        peaks[n] = tracemalloc.get_traced_memory()[1] - x.nbytes  # without the output
         tracemalloc.stop()
-        return peak - x.nbytes  # the output
 
-    with set_num_threads(1):
-        beyond_outputs(64)  # what a first call loads stays, and does not count
-        assert beyond_outputs(16384) < 1.2 * beyond_outputs(2 * gated.SPAN * gated.CHUNK)
+    short = 2 * gated.SPAN * gated.CHUNK
+    for n in (64, short, 16384):  # what a first call loads stays, and does not count
+        thread = threading.Thread(target=beyond_outputs, args=[n])  # with no work space yet
+        thread.start()
+        thread.join()
+    assert peaks[16384] < 1.2 * peaks[short]

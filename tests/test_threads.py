@@ -174,6 +174,7 @@ def blas_threads() -> list[int]:
 
 
 def test_blas_is_held_while_jobs_run_and_then_restored() -> None:
+    loops._blas_settings.cache_clear()  # other tests may have loaded one since
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         before = blas_threads()
         seen: list[list[int]] = []

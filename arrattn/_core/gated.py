@@ -17,18 +17,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from arrattn._core import decay, loops, recurrence, tiles
+from arrattn._core import chunks, decay, loops, recurrence, tiles
 from arrattn._core.decay import Gates
 from arrattn._core.order import Order, gather_tokens, merged_order, own_order
 from arrattn._core.recurrence import How, Keys, Memory, Operands, finite
 from arrattn._core.typing import Array, Namespace
-from arrattn.feature_maps import Features
+from arrattn.feature_maps import Features, identity
 
 #: Tokens of a chunk, a power of two: pairs within it are computed one by one.
 CHUNK = 32
 
-#: Chunks of a span.
+#: Chunks of a span at most.
 SPAN = 32
+
+#: Numbers on which a thread writes, where all heads' chunks of a span are taken at once.
+WORK_SPACE = 5 << 18
 
 
 def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array, Array]:
@@ -105,10 +108,9 @@ def _fold(
 ) -> Memory:
     """Go through a sequence span by span."""
     plain = step is None and s.ids is None and memory.bad is None and memory.log is None
-    spans = how._replace(chunk=how.chunk * SPAN)
-    several = s.k.shape[-2] > spans.chunk
-    if plain and several and s.q is not None and out.into is not None:
+    if plain and s.q is not None and out.into is not None:
         return _relay(how, x, memory, s, out)
+    spans = how._replace(chunk=how.chunk * SPAN)
     span = partial(step or _span, how, x)
 
     def one(memory: Memory, part: Any) -> Any:
@@ -126,31 +128,71 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
     Only the way from chunk to chunk waits for its turn. It consists of many small products,
     and two threads that do those at once mostly wait for the interpreter.
     """
-    n, size = s.k.shape[-2], how.chunk * SPAN
-    turns = [threading.Event() for _ in range(-(-n // size) + 1)]
+    n, c, many = s.k.shape[-2], how.chunk, _chunks_at_once(how, s, memory)
+    turns = [threading.Event() for _ in range(-(-n // (c * many)) + 1)]
     turns[0].set()
-    S, into = memory.S, out.next(n)
+    S, into = memory.S.copy(), out.next(n)
+    alike = s.decay is None or s.decay.shape[-1] == 1
+    ways: dict[Any, Any] = {}  # of each thread
+    views = how.feature_map is identity and s.mask is None and n % c == 0 and s.k.dtype == how.acc
+    whole = _read(how, x, memory, s) if views else None
+
+    def read(i: int) -> Span:
+        if whole is not None:
+            return whole.chunks_of(i * many, many)
+        cut = slice(i * many * c, min(n, (i + 1) * many * c))
+        parts = (
+            None if a is None else a[(..., cut, *(slice(None),) * (-1 - axis))]
+            for a, axis in zip(s, AXES, strict=True)
+        )
+        return _read(how, x, memory, Sequence(*parts))
 
     def job(i: int) -> None:
-        nonlocal S
         try:
-            cut = slice(i * size, min(n, (i + 1) * size))
-            parts = (
-                None if a is None else a[(..., cut, *(slice(None),) * (-1 - axis))]
-                for a, axis in zip(s, AXES, strict=True)
-            )
-            own = _read(how, x, memory, Sequence(*parts))
-            ready = _prepared(own.chunks, how.xp)
+            own = read(i)
+            way = ways.get(key := (threading.get_ident(), own.chunks.k.shape))
+            if way is None:
+                way = ways[key] = chunks.Span(own.chunks) if alike else _ByFeature(how.xp)
+            way.read(own.chunks)
             turns[i].wait()
-            S, ys = loops.scan(ready.step, S, ready.xs, xp=how.xp)
+            S[...] = way.pass_on(S)
             turns[i + 1].set()
-            top = recurrence.chunks_joined(_outputs(ready, ys, False, how.xp), how.xp)
-            into[..., cut, :] = recurrence.finish(how, x, own.f, top, None, None)[..., : own.n, :]
+            top = way.outputs()
+            top = top.reshape(*top.shape[:-3], top.shape[-3] * top.shape[-2], top.shape[-1])
+            top = recurrence.finish(how, x, own.f, top, None, None)
+            at = i * many * c
+            into[..., at : at + own.n, :] = top[..., : own.n, :]
         finally:
             turns[i + 1].set()  # after an error too: nobody may wait for it
 
     loops.run_jobs([partial(job, i) for i in range(len(turns) - 1)])
     return memory._replace(S=S)
+
+
+class _ByFeature:
+    """What `chunks.Span` does, where decay differs by feature."""
+
+    def __init__(self, xp: Namespace) -> None:
+        self.xp = xp
+
+    def read(self, x: Chunks) -> None:
+        self.ready = _prepared(x, self.xp)
+
+    def pass_on(self, memory: Array) -> Array:
+        memory, self.ys = loops.scan(self.ready.step, memory, self.ready.xs, xp=self.xp)
+        return memory
+
+    def outputs(self) -> Array:
+        return self.xp.moveaxis(_outputs(self.ready, self.ys, False, self.xp), 0, -3)
+
+
+def _chunks_at_once(how: How, s: Sequence, memory: Memory) -> int:
+    """As many chunks as fit a thread's work space; all heads are taken together."""
+    q: Any = s.q
+    c, g, (heads, d, columns) = how.chunk, q.shape[-3], memory.S.shape
+    pairs, tokens = (1 + g) * c * c, c * ((2 + g) * d + (2 + 2 * g) * columns)
+    numbers = heads * (pairs + tokens + d * columns)
+    return int(max(1, min(SPAN, WORK_SPACE // max(1, numbers))))
 
 
 def _all_tokens(how: How, x: Operands, *, queries: bool) -> Sequence:
@@ -303,6 +345,11 @@ class Span(NamedTuple):
     chunks: Chunks
     first: Array | None  # where a segment begins, (..., T)
 
+    def chunks_of(self, start: int, count: int) -> Span:
+        """So many of its chunks, if it was not filled up."""
+        own = self.chunks.of(slice(start, start + count))
+        return self._replace(n=own.k.shape[0] * own.k.shape[-2], chunks=own)
+
 
 def _read(how: How, x: Operands, memory: Memory, s: Sequence) -> Span:
     """Read the tokens of a span; of the memory, only which segment it belongs to."""
@@ -411,6 +458,12 @@ class Chunks(NamedTuple):
     log: Any  # (C, ..., Hkv, c), or None
     gates: Gates  # (C, ..., Hkv | 1, c, 1) and (C, ..., Hkv | 1, c, Dphi)
     beta: Array | None  # (C, ..., Hkv | 1, c, 1)
+
+    def of(self, cut: slice) -> Chunks:
+        """Some of them."""
+        arrays = (None if a is None else a[cut] for a in (*self[:4], *self.gates, self.beta))
+        q, k, v, log, steps, beyond, beta = arrays
+        return Chunks(q, k, v, log, Gates(steps, beyond), beta)
 
 
 def _cut(

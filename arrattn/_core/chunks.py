@@ -1,0 +1,163 @@
+"""
+The recurrence of `gated` on NumPy: a span of chunks written in place, on kept work space.
+
+Chunks are so small that what NumPy does around a product takes as long as the product. So
+all chunks and heads of a span are taken by one call wherever no memory is needed, and the way
+of the memory from chunk to chunk is two to five calls a chunk, on views made beforehand.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arrattn._core import decay, loops
+from arrattn._core.typing import Array, DType
+
+if TYPE_CHECKING:
+    from arrattn._core.gated import Chunks
+
+
+class Span:
+    """
+    Room for chunks of tokens whose decay is the same for all features.
+
+    Parameters
+    ----------
+    x : Chunks
+        The first of those that are to be read, as `gated` cuts them, without batch axes.
+    """
+
+    def __init__(self, x: Chunks) -> None:
+        q: Any = x.q
+        n, heads, groups, c, d = q.shape
+        columns = x.v.shape[-1]
+
+        def room(slot: str, *shape: int) -> Array:
+            return loops.work_space(f"span {slot}", shape, q.dtype)
+
+        lead = _heads_first(x.gates.steps).shape[:-2]
+        steps = room("steps", *lead, c + 1)
+        self.steps, self.ones, self.rows = steps[..., :c], steps[..., c], steps.reshape(-1, c + 1)
+        self.logs = room("decays", len(self.rows), c * c + c)
+        self.sums = _sums(c, q.dtype)
+        decays = self.logs.reshape(*lead, c * c + c)
+        self.within = decays[..., : c * c].reshape(*lead, c, c)
+        self.since_start = decays[..., c * c :]
+        self.until_end = self.within[..., -1:, :]
+        self.k = room("keys", heads, n, d, c)
+        self.pairs = room("pairs", heads, groups, n, c, c)
+        self.S = room("S", n + 1, heads, d, columns)
+        self.more = room("more", heads, d, columns)
+        self.top, self.near = (room(slot, heads, groups, n, c, columns) for slot in ("top", "near"))
+        self.before = self.S[:-1].swapaxes(0, 1)
+        whole = np.moveaxis(self.since_start[..., -1:, None], 1, 0)  # (C, H | 1, 1, 1)
+        self.steps_on: list[Any] = list(zip(self.S[:-1], whole, self.S[1:], strict=True))
+        self.v: Any = None
+        if x.beta is None:
+            return
+        self.solved = room("solved", heads, n, c, c)
+        self.blocks = _pairs_of_blocks(self.solved)
+        self.target = room("target", heads, n, c, columns)
+        self.told = room("told", heads, n, c, d)
+        self.v = room("written", heads, n, c, columns)
+        self.found = room("found", heads, c, columns)
+        by_chunk = (np.moveaxis(a, 1, 0) for a in (self.told, self.target, self.v, self.k))
+        self.steps_on = list(zip(self.S[:-1], whole, self.S[1:], *by_chunk, strict=True))
+
+    def read(self, x: Chunks) -> None:
+        """Do all that needs no memory."""
+        self.q, k, v = _heads_first(x.q), _heads_first(x.k), _heads_first(x.v)
+        np.copyto(self.steps, _heads_first(x.gates.steps)[..., 0])
+        self.ones.fill(1.0)
+        np.matmul(self.rows, self.sums, out=self.logs)
+        np.exp(self.logs, out=self.logs)
+        np.copyto(self.k, k.swapaxes(-1, -2))
+        np.matmul(self.q, self.k[:, None], out=self.pairs)
+        self.pairs *= self.within[:, None]
+        if x.beta is None:
+            self.k *= self.until_end
+            np.matmul(self.k, v, out=self.S[1:].swapaxes(0, 1))
+            self.v = v
+            return
+        beta, solved = _heads_first(x.beta), self.solved
+        np.matmul(k, self.k, out=solved)
+        self.k *= self.until_end
+        solved *= self.within
+        solved *= -beta
+        np.einsum("...ii->...i", solved)[...] = 1.0
+        for first, below, second, room in self.blocks:
+            np.matmul(below, first, out=room)
+            np.matmul(second, room, out=below)
+        solved *= beta.swapaxes(-1, -2)
+        np.matmul(solved, v, out=self.target)
+        solved *= self.since_start[..., None, :]
+        np.matmul(solved, k, out=self.told)
+
+    def pass_on(self, memory: Array) -> Array:
+        """Take the memory (H, Dphi, columns) from before the span through it; it is no copy."""
+        multiply, add, matmul, subtract = np.multiply, np.add, np.matmul, np.subtract
+        np.copyto(self.S[0], memory)
+        more = self.more
+        if len(self.steps_on[0]) == 3:
+            for S, whole, after in self.steps_on:
+                multiply(S, whole, more)
+                add(after, more, after)
+            return self.S[-1]
+        found = self.found
+        for S, whole, after, told, target, written, k in self.steps_on:
+            matmul(told, S, found)
+            subtract(target, found, written)
+            multiply(S, whole, after)
+            matmul(k, written, more)
+            add(after, more, after)
+        return self.S[-1]
+
+    def outputs(self) -> Array:
+        """What queries read of the memory before their chunk and of the pairs in it."""
+        np.matmul(self.q, self.before[:, None], out=self.top)
+        self.top *= self.since_start[:, None, ..., None]
+        np.matmul(self.pairs, self.v[:, None], out=self.near)
+        self.top += self.near
+        return self.top
+
+
+def _heads_first(a: Array) -> Array:
+    """(C, ..., H, c, D) -> (..., H, C, c, D)."""
+    return np.moveaxis(a, 0, -3)
+
+
+@lru_cache(maxsize=16)
+def _sums(c: int, dtype: DType) -> Array:
+    """
+    What sums logarithms of decay, and a 1 after them: (c + 1, c * c + c).
+
+    The first columns are the sums over the steps after `j` through `i`, by rows, far below
+    every logarithm where ``j > i``; the last are the sums up to each step.
+    """
+    s, i, j = np.ogrid[: c + 1, :c, :c]
+    between = ((j < s) & (s <= i)).astype(dtype)
+    between[c] = np.where(j > i, decay.RESET, 0.0)[0]
+    until = (np.arange(c + 1)[:, None] <= np.arange(c)).astype(dtype)
+    return np.concatenate([between.reshape(c + 1, -1), until], axis=-1)
+
+
+def _pairs_of_blocks(x: Array) -> list[tuple[Array, ...]]:
+    """
+    What inverts ``1 - x`` in its place, once ones stand on its diagonal; room comes with it.
+
+    As `decay.inverse` does, but from small blocks on the diagonal to large ones; those of two
+    are inverted as they are. `x` (..., c, c) is strictly lower triangular, `c` a power of two.
+    """
+    lead, c, found, half = x.shape[:-2], x.shape[-1], [], 2
+    while half < c:
+        m = c // (2 * half)
+        cut = x.reshape(*lead, m, 2, half, m, 2, half)
+        blocks = np.einsum("...piapjb->...pijab", cut)  # a view of those on the diagonal
+        first, below, second = (blocks[..., i, j, :, :] for i, j in ((0, 0), (1, 0), (1, 1)))
+        room = loops.work_space("span blocks", below.shape, x.dtype)
+        found.append((first, below, second, room))
+        half *= 2
+    return found
