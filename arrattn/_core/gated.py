@@ -108,7 +108,8 @@ def _fold(
 ) -> Memory:
     """Go through a sequence span by span."""
     plain = step is None and s.ids is None and memory.bad is None and memory.log is None
-    if plain and s.q is not None and out.into is not None:
+    several = s.k.shape[-2] > how.chunk
+    if plain and several and s.q is not None and out.into is not None:
         return _relay(how, x, memory, s, out)
     spans = how._replace(chunk=how.chunk * SPAN)
     span = partial(step or _span, how, x)
