@@ -285,15 +285,15 @@ def test_the_form_of_gates_named_is_the_form_run(
     ("options", "job", "tile", "says"),
     [
         ({"route": None}, "_exact_job", "_exhaustive_tile", "all 300 keys are scored"),
-        ({"route": 3}, "_keys_job", "_routed_tile", "3 of 17 blocks are searched"),
-        ({"top_k": 0}, "_keys_job", "_routed_tile", "no block but the query's own"),
+        ({"route": 3}, "_others_job", "_routed_tile", "3 of 17 blocks are searched"),
+        ({"top_k": 0}, "_others_job", "_routed_tile", "no block but the query's own"),
         (
             {"select": "blocks"},
-            "_blocks_job",
+            "_others_job",
             "_routed_tile",
             "3 of 17 blocks are taken, by the means",
         ),
-        ({"select": "blocks", "score": "bound"}, "_blocks_job", "_routed_tile", "by bounds"),
+        ({"select": "blocks", "score": "bound"}, "_others_job", "_routed_tile", "by bounds"),
     ],
 )
 def test_the_selection_named_is_the_selection_made(

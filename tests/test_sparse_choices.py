@@ -163,6 +163,34 @@ def test_bounds_leave_out_most_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.allclose(got, exact, atol=2 * output_error(q, k, v, dtype="float64"), rtol=0)
 
 
+@pytest.mark.lanes("numpy")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"select": "blocks"}, {"select": "blocks", "per": "block"}, {"route": None}],
+    ids=["keys", "blocks", "together", "exact"],
+)
+def test_scores_far_above_those_of_the_own_block_are_held(
+    lane: Lane, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arrattn._core import sparse_jobs
+
+    rng = np.random.default_rng(5)
+    q, k, v = rng.normal(size=(3, 2, 96, 8))
+    q += 9
+    k[:, :24] += 50  # at least a thousand above the others: no exponential of a sum has room
+    lost, was = [], sparse_jobs.Head._watched
+
+    def record(head: Any, *args: Any) -> None:
+        was(head, *args)
+        lost.append(head.lost)
+
+    monkeypatch.setattr(sparse_jobs.Head, "_watched", record)
+    how = {"block_size": 8, "top_k": 3, "route": 3, "is_causal": True, "scale": 1.0, **options}
+    is_sparse(lane, Case(q, k, v), how, reference.sparse_attention(q, k, v, **how))
+    assert lost
+    assert not any(lost)
+
+
 @pytest.mark.parametrize("select", ["keys", "blocks"])
 @pytest.mark.parametrize("score", ["mean", "bound", "best"])
 def test_the_order_of_blocks_does_not_matter(lane: Lane, select: str, score: str) -> None:

@@ -22,9 +22,10 @@ from arrattn._core.tiles import (
     group_matmul,
     take_range,
 )
+from arrattn._core.topk import kth_largest
 from arrattn._core.typing import Array, Namespace
 
-#: Up to so many of a row are found one by one.
+#: Up to so many of a row are found by sorting it.
 FEW = 16
 
 
@@ -362,19 +363,23 @@ def best_indices(s: Array, may: Array, k: int, none: int, *, xp: Namespace) -> A
 
 
 def _best_few(s: Array, may: Array, k: int, none: int) -> Array:
-    """The same for NumPy: looking for a maximum is quick, and the first of equal ones is found."""
+    """The same for NumPy: what reaches the `k`-th of a row, found by sorting it."""
     m = s.shape[-1]
     s = np.where(may, s, -math.inf).reshape(-1, m).astype(s.dtype, copy=False)
     if np.isnan(s.sum()):
         s[np.isnan(s)] = math.inf
-    found = np.empty((len(s), k), np.int64)
-    row = np.arange(len(s))
-    for n in range(k):
-        at = s.argmax(axis=-1)
-        found[:, n] = np.where(s[row, at] == -math.inf, none, at)
-        s[row, at] = -math.inf
-    found.sort(axis=-1)
-    return found.reshape(*may.shape[:-1], k)
+    # Columns behind the last stand for what a row has too few of.
+    chosen = np.zeros((len(s), m + k), bool)
+    bound = np.maximum(kth_largest(s.copy(), k), np.finfo(s.dtype).min)
+    np.greater_equal(s, bound[:, None], out=chosen[:, :m])
+    count = np.count_nonzero(chosen, axis=-1)
+    for r in np.flatnonzero(count > k).tolist():  # ties: the first ones
+        above = s[r] > bound[r]
+        tied = chosen[r, :m] & ~above
+        chosen[r, :m] = above | (tied & (np.cumsum(tied) <= k - np.count_nonzero(above)))
+    chosen[:, m:] = np.arange(k) < (k - count)[:, None]
+    found = np.flatnonzero(chosen).reshape(-1, k) % (m + k)
+    return np.where(found < m, found, none).reshape(*may.shape[:-1], k)
 
 
 def smallest(index: Array, chosen: Array, k: int, none: int, *, xp: Namespace) -> Array:

@@ -196,7 +196,7 @@ class Head:
         self.ragged = (self.kinds == 1).any(axis=0)
         # Where all keys are searched, bounds alone are of use.
         bare = choice.exhaustive and choice.score != "bound"
-        self.guide = None if bare else routing.guides(call, choice)
+        self.guide = None if bare else self._guide()
 
     @classmethod
     def of(
@@ -215,13 +215,28 @@ class Head:
             k, v = np.where(seen, k, 0), np.where(seen, v, 0)
         q = fold.enter(call, call.q[0])
         reach = math.sqrt(_square(q) * _square(k)) * abs(call.scale)
-        most = float(np.max(np.abs(v), initial=0))
+        most = float(max(np.max(v, initial=0), -np.min(v, initial=0)))
         if call.sinks is not None:
             sink = np.abs(call.sinks[call.sinks != -math.inf])
             reach = max(reach, float(sink.max(initial=0)))
         if not reach < 1e30 or not most < MOST_VALUE:
             return None
         return cls(call, choice, into, k, v, calm=reach <= CALM, heads=heads)
+
+    def _guide(self) -> Array | None:
+        """What `routing.guides` gives; means by one product where all heads see the same keys."""
+        choice = self.choice
+        seen = routing.seen_by_any(self.call, choice.queries)
+        alike = seen is None or seen.size == self.nk
+        if choice.score != "mean" or not choice.route or not alike:
+            return routing.guides(self.call, choice)
+        weight = np.ones((self.nk, 1), self.k.dtype)
+        if seen is not None:
+            weight[:, 0] = seen.reshape(-1)
+        weight = _blocks(weight, self.size).swapaxes(-1, -2)  # (blocks, 1, size)
+        counts = np.maximum(np.sum(weight, axis=-1), 1)
+        keys = self.kt.swapaxes(-1, -2)
+        return (np.matmul(weight, keys)[:, 0] / counts)[None, None]
 
     def _kinds(self, pattern: Pattern | None) -> Array | None:
         """Kinds of tiles, (query blocks, key blocks); None where everything is visible."""
@@ -242,12 +257,10 @@ class Head:
         """All that is to be done."""
         choice, many = self.choice, self.query_blocks
         step = max(1, -(-many * self.heads // JOBS))
-        run = self._blocks_job
+        run = self._others_job
         if choice.exhaustive:
             run = self._exact_job
             step = max(1, min(step, EXACT // (self.g * self.nk * self.size)))
-        elif choice.select == "keys":
-            run = self._keys_job
         for t in range(0, many, step):
             yield partial(self._watched, run, t, min(t + step, many))
 
@@ -312,23 +325,31 @@ class Head:
         self.out[:, at] = sums.reshape(self.g, -1, sums.shape[1])[:, real]
         self.lse[:, at] = found.reshape(self.g, -1)[:, real]
 
-    def _add(self, span: Span, at: Any, p: Array, block: int) -> None:
-        """Add exponentials ``p (r, size)`` of the keys of a block to the rows `at`."""
-        r, dv = len(p), self.v.shape[1]
-        o, more = (loops.work_space(slot, (r, dv), p.dtype) for slot in ("row sums", "values"))
-        np.matmul(p, self.values[block], out=more)
-        np.take(span.sums, at, axis=0, out=o, mode="clip")
-        o += more
-        span.sums[at] = o
-        span.total[at] += loops.row_sums(p, xp=np)
+    def _lift(self, span: Span, rows: slice, top: Array) -> None:
+        """Let what is taken off the scores of rows be no less than `top`, and keep their sums."""
+        m: Any = span.m
+        new = np.maximum(m[rows], top)
+        factor = np.exp2((m[rows] - new) * self.unit)
+        for x in (span.sums, span.total):
+            x[rows] *= factor
+        m[rows] = new
 
-    def _exp(self, s: Array, m: Array | None) -> Array:
-        """Exponentials of scores, in place; `m` is taken off them."""
+    def _exp(self, s: Array, m: Array | None, *, hidden: bool = True) -> Array:
+        """
+        Exponentials of scores, in place; `m` is taken off them.
+
+        NumPy is many times slower where they underflow, as those of scores that are `hidden`
+        do: what would is first raised to the least that does not, and that subtracted again.
+        """
         if m is not None:
             s -= m
         if self.unit != 1.0:
             s *= np.asarray(self.unit, s.dtype)
-        return np.exp2(s, out=s)
+        least = np.finfo(s.dtype)
+        if m is None and not hidden:
+            return np.exp2(s, out=s)
+        np.exp2(np.maximum(s, least.minexp, out=s), out=s)
+        return np.subtract(s, least.tiny, out=s)
 
     # -- The own block ------------------------------------------------------------------------
 
@@ -389,49 +410,75 @@ class Head:
 
     # -- Other blocks -------------------------------------------------------------------------
 
-    def _visits(self, ids: Array) -> Iterator[tuple[Array, slice, int]]:
-        """Each block that is chosen, with the places in ``ids (units, route)`` that chose it."""
+    def _others_job(self, span: Span) -> None:
+        """Other blocks that rows chose, or the best keys of them."""
+        choice, size = self.choice, self.size
+        if not choice.route:
+            return
+        together = choice.per == "block"
+        ids = self._chosen_together(span) if together else self._chosen(span)
+        if together and not self.ragged.any() and choice.route * size * size <= EXACT:
+            self._units(span, ids)
+            return
+        if together:
+            ids = np.repeat(ids, size, axis=0)
+        step = max(CHOICES // (choice.route * size), 1)
+        for a in range(0, len(ids), step):
+            self._visit(span, a, ids[a : a + step])
+
+    def _visit(self, span: Span, first: int, ids: Array) -> None:
+        """The blocks ``ids (rows, route)`` of the rows from `first` on, each block once."""
+        (n, route), (size, dv), acc = ids.shape, self.values.shape[1:], span.q.dtype
+        order, visits = self._by_block(ids)
+        row = order // route
+        none = slice(visits[-1][0].stop if visits else 0, len(order))
+        q = loops.work_space("chosen queries", (len(order), span.q.shape[1]), acc)
+        np.take(span.q, row + first, axis=0, out=q, mode="clip")
+        s = loops.work_space("chosen scores", (len(order), size), acc)
+        for at, block in visits:
+            np.matmul(q[at], self.kt[block], out=s[at])
+        if self.after != 1.0:
+            s *= np.asarray(self.after, acc)
+        s[none] = -math.inf
+        pattern: Any = self.free
+        hidden = none.start < none.stop
+        for at, block in visits:
+            if self.ragged[block]:
+                self._hide(s[at], pattern, span, row[at] + first, block)
+            if block == self.n_blocks - 1 and self.nk % size:
+                s[at, self.nk % size :] = -math.inf
+            hidden = hidden or self.ragged[block] or block == self.n_blocks - 1
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        chosen = None
+        if self.choice.select == "keys":
+            chosen = self._best(s, place, row, n)
+            if self.choice.selection:
+                self._note_keys(span, chosen, ids, place, first)
+        if span.m is not None:
+            top = np.max(s, axis=-1)[place].reshape(n, route).max(axis=-1, keepdims=True)
+            self._lift(span, slice(first, first + n), top)
+        p = self._exp(s, None if span.m is None else span.m[row + first], hidden=hidden)
+        if chosen is not None:
+            p *= chosen
+        o = loops.work_space("chosen values", (len(order), dv), acc)
+        for at, block in visits:
+            np.matmul(p[at], self.values[block], out=o[at])
+        o[none] = 0
+        one = loops.ones_column(route, acc).T
+        for x, part in ((span.sums, o), (span.total, loops.row_sums(p, xp=np))):
+            by_row = loops.work_space("by row", part.shape, acc)
+            np.take(part, place, axis=0, out=by_row, mode="clip")
+            x[first : first + n] += np.matmul(one, by_row.reshape(n, route, -1))[:, 0]
+
+    def _by_block(self, ids: Array) -> tuple[Array, list[tuple[slice, int]]]:
+        """The places in ``ids (rows, route)`` in the order of their blocks, and each one's part."""
         flat = ids.reshape(-1)
         narrow = flat.astype(np.int16 if self.n_blocks < 1 << 15 else np.int64, copy=False)
         order = np.argsort(narrow, kind="stable")
         edges = np.searchsorted(narrow[order], np.arange(self.n_blocks + 1)).tolist()
-        for b in range(self.n_blocks + 1):
-            a, e = edges[b], edges[b + 1] if b < self.n_blocks else len(flat)
-            if a < e:
-                yield order[a:e], slice(a, e), b
-
-    def _scores(self, span: Span, rows: Array, block: int, out: Array) -> None:
-        """Scores ``out (r, size)`` of rows with the keys of another block."""
-        x = loops.work_space("chosen queries", (len(rows), span.q.shape[1]), out.dtype)
-        np.take(span.q, rows, axis=0, out=x, mode="clip")
-        np.matmul(x, self.kt[block], out=out)
-        if self.after != 1.0:
-            out *= np.asarray(self.after, out.dtype)
-        if self.ragged[block]:
-            pattern: Any = self.free
-            self._hide(out, pattern, span, rows, block)
-        if block == self.n_blocks - 1 and self.nk % self.size:
-            out[:, self.nk % self.size :] = -math.inf
-
-    def _blocks_job(self, span: Span) -> None:
-        """Whole blocks, chosen by each row, by all heads together, or by all rows of a block."""
-        size, route = self.size, self.choice.route
-        if not route:
-            return
-        together = self.choice.per == "block"
-        ids = self._chosen_together(span) if together else self._chosen(span)
-        if together and not self.ragged.any() and route * size * size <= EXACT:
-            self._units(span, ids)
-            return
-        for pairs, _, block in self._visits(ids):
-            if block == self.n_blocks:
-                break
-            rows = pairs // route
-            if together:
-                rows = (rows[:, None] * size + np.arange(size)).reshape(-1)
-            s = loops.work_space("scores", (len(rows), size), span.q.dtype)
-            self._scores(span, rows, block, s)
-            self._add(span, rows, self._exp(s, None if span.m is None else span.m[rows]), block)
+        parts = zip(edges[:-1], edges[1:], range(self.n_blocks), strict=True)
+        return order, [(slice(a, e), block) for a, e, block in parts if a < e]
 
     def _units(self, span: Span, ids: Array) -> None:
         """Blocks of queries, each with all the blocks ``ids (units, route)`` that it chose."""
@@ -459,7 +506,11 @@ class Head:
             if self.nk % self.size:
                 for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
                     by_block[unit, which, :, self.nk % size :] = -math.inf
-            p = self._exp(s, None if m is None else m[here])
+            if m is not None:
+                rows = slice(a * size, (a + n) * size)
+                self._lift(span, rows, np.max(s, axis=-1).reshape(-1, 1))
+            hidden = bool(none.any() or self.nk % size)
+            p = self._exp(s, None if m is None else m[here], hidden=hidden)
             more = loops.work_space("values", (n, size, sums.shape[-1]), q.dtype)
             sums[here] += np.matmul(p, v, out=more)
             total[here] += np.matmul(p, loops.ones_column(wide, p.dtype))
@@ -521,52 +572,17 @@ class Head:
         may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
         return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)
 
-    # -- Keys of other blocks -----------------------------------------------------------------
-
-    def _keys_job(self, span: Span) -> None:
-        """The best keys of the blocks that each row looks into."""
-        route = self.choice.route
-        if not route:
-            return
-        ids = self._chosen(span)
-        step = max(CHOICES // (route * self.size), 1)
-        for a in range(0, len(ids), step):
-            self._keys_of(span, a, ids[a : a + step])
-
-    def _keys_of(self, span: Span, first: int, ids: Array) -> None:
-        """The best keys of the rows from `first` on."""
-        size, (n, route), acc = self.size, ids.shape, span.q.dtype
-        s = loops.work_space("chosen scores", (n * route, size), acc)
-        place, row = np.empty(n * route, np.int64), np.empty(n * route, np.int64)
-        visits = []
-        for pairs, at, block in self._visits(ids):
-            place[pairs] = np.arange(at.start, at.stop)
-            rows = pairs // route + first
-            row[at] = rows
-            if block == self.n_blocks:
-                s[at] = -math.inf
-            else:
-                self._scores(span, rows, block, s[at])
-                visits.append((rows, at, block))
-        chosen = self._best(s, place, row - first, n)
-        if self.choice.selection:
-            self._note_keys(span, chosen, ids, place, first)
-        step = max(TILE // size, 1)
-        for a in range(0, len(s), step):
-            part = slice(a, a + step)
-            p = self._exp(s[part], None if span.m is None else span.m[row[part]])
-            np.multiply(p, chosen[part], out=p)
-        for rows, at, block in visits:
-            self._add(span, rows, s[at], block)
-
     def _best(self, s: Array, place: Array, row: Array, n: int) -> Array:
         """Which of the scores ``s (pairs, size)`` are the best of their row of `n`."""
         k, size = self.choice.top_k, self.size
         wide = loops.work_space("by row", (len(place), size), s.dtype)
         np.take(s, place, axis=0, out=wide, mode="clip")
-        wide = wide.reshape(n, -1)
-        bound = np.maximum(kth_largest(wide, k), np.finfo(s.dtype).min)
-        chosen = np.greater_equal(s, bound[row, None])
+        reached = kth_largest(wide.reshape(n, -1), k)
+        bound = np.maximum(reached, np.finfo(s.dtype).min)
+        chosen = loops.work_space("chosen", s.shape, bool)
+        np.greater_equal(s, bound[row, None], out=chosen)
+        if (reached > -math.inf).all() and np.count_nonzero(chosen) == n * k:
+            return chosen  # as at least `k` of each row are
         count = np.count_nonzero(chosen, axis=-1)[place].reshape(n, -1).sum(axis=-1)
         for r in np.flatnonzero(count > k).tolist():  # ties: the first ones
             at = place.reshape(n, -1)[r]
@@ -676,7 +692,10 @@ class Head:
         p = np.full(len(span.q) * width, -math.inf, acc)
         j = np.zeros(len(p), np.int64)
         p[at], j[at] = scores, keys
-        p = self._exp(p.reshape(-1, width), span.m)
+        p = p.reshape(-1, width)
+        if span.m is not None:
+            self._lift(span, slice(0, len(p)), np.max(p, axis=-1, keepdims=True))
+        p = self._exp(p, span.m)
         j = j.reshape(p.shape)
         dv = self.v.shape[1]
         step = max(1, (1 << 16) // (width * dv))

@@ -12,8 +12,8 @@ from arrattn._core.typing import Array
 #: The most numbers of one group.
 WIDEST = 32
 
-#: The shortest list that sorting is quick at.
-SHORTEST = 64
+#: Lengths of the lists that are sorted, the best first.
+LISTS = (512, 256, 128, 64)
 
 
 class Best(NamedTuple):
@@ -43,7 +43,7 @@ def kth_largest(s: Array, k: int) -> Array:
     in the other, and so on, are the best of both.
     """
     n, m = s.shape
-    width = max(k, SHORTEST)
+    width = max(k, min(LISTS, key=lambda w: (-m % w, -w)))
     if m <= width:
         s.sort(axis=-1)
         return s[:, m - k].copy() if k <= m else np.full(n, -math.inf, s.dtype)
