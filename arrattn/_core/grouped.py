@@ -57,7 +57,7 @@ def group(ids: Array, n_blocks: int, *, xp: Namespace) -> Grouping:
         return xp.arange(n, dtype=ids.dtype, device=device)
 
     flat = xp.reshape(ids + xp.reshape(count(lanes), (lanes, 1)) * n_blocks, (total,))
-    order = loops.stable_argsort(flat, xp=xp)
+    order, place = loops.order_by(flat, groups, xp=xp)
     edges = _search(xp.take(flat, order, axis=0), count(groups + 1), "left", ids.dtype, xp)
     starts, sizes = edges[:-1], edges[1:] - edges[:-1]
     chunks = (sizes + (chunk - 1)) // chunk
@@ -76,8 +76,7 @@ def group(ids: Array, n_blocks: int, *, xp: Namespace) -> Grouping:
     source = xp.take(starts, block_of_slot, axis=0) + rank
     last = xp.asarray(total - 1, dtype=ids.dtype, device=device)
     slot_pair = xp.take(order, xp.minimum(source, last), axis=0)
-    inverse = xp.astype(loops.stable_argsort(order, xp=xp), ids.dtype, copy=False)
-    pair_slot = inverse + xp.take(first - starts, flat, axis=0)
+    pair_slot = place + xp.take(first - starts, flat, axis=0)
     return Grouping(slot_pair, block, pair_slot, chunk)
 
 

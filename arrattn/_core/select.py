@@ -286,16 +286,17 @@ def _routed_tile(
 def _block_scores(
     q: Array, k: Array, at: Grouping, n: int, finite: bool | None, *, xp: Namespace
 ) -> Array:
-    """Scores of each query with the keys of its blocks, (pairs, block)."""
-    if finite:
-        return grouped_matmul(q, xp.matrix_transpose(k), at, per_row=n, xp=xp)
-    bad = ~xp.isfinite(k)
-    clean = xp.where(bad, xp.zeros_like(k), k)
-    s = grouped_matmul(q, xp.matrix_transpose(clean), at, per_row=n, xp=xp)
-    flags = xp.astype(xp.any(bad, axis=-1), s.dtype)[:, None, :]
-    ones = xp.ones((q.shape[0], 1), dtype=s.dtype, device=loops.device_of(s))
-    hit = grouped_matmul(ones, flags, at, per_row=n, xp=xp) > 0
-    return xp.where(hit, xp.asarray(math.nan, dtype=s.dtype, device=loops.device_of(s)), s)
+    """Scores of each query with the keys of its blocks, (pairs, block); NaN of keys not finite."""
+    if not finite:
+        # What is not finite would reach other keys through gradients: a column brings it in.
+        bad = ~xp.isfinite(k)
+        device = loops.device_of(k)
+        nan = xp.asarray(math.nan, dtype=k.dtype, device=device)
+        flag = xp.where(xp.any(bad, axis=-1, keepdims=True), nan, 0.0)
+        k = xp.concat([xp.where(bad, 0.0, k), flag], axis=-1)
+        one = xp.ones((q.shape[0], 1), dtype=q.dtype, device=device)
+        q = xp.concat([q, one], axis=-1)
+    return grouped_matmul(q, xp.matrix_transpose(k), at, per_row=n, xp=xp)
 
 
 def _block_sums(
@@ -319,7 +320,15 @@ def _block_sums(
         return total(p, blocks)
     bad = ~xp.isfinite(blocks)
     out = total(p, xp.where(bad, xp.zeros_like(blocks), blocks))
-    hit = total(xp.astype(seen, p.dtype), xp.astype(bad, p.dtype)) > 0
+
+    def hits(seen: Array, bad: Array) -> Array:
+        return total(xp.astype(seen, p.dtype), xp.astype(bad, p.dtype)) > 0
+
+    def none(seen: Array, bad: Array) -> Array:
+        del seen, bad
+        return xp.zeros(out.shape, dtype=xp.bool, device=loops.device_of(out))
+
+    hit = loops.cond(xp.any(bad), hits, none, seen, bad, xp=xp)
     return xp.where(hit, xp.asarray(math.nan, dtype=out.dtype, device=loops.device_of(out)), out)
 
 
