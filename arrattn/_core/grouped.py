@@ -30,6 +30,27 @@ class Grouping(NamedTuple):
     chunk: int
 
 
+class Shared(NamedTuple):
+    """Choices of units of `rows` consecutive rows: `ids` (units, n), counted through all lanes."""
+
+    ids: Array
+    rows: int
+
+
+def share(ids: Array, n_blocks: int, rows: int, *, xp: Namespace) -> Shared:
+    """
+    Choices ``ids (lanes, all rows, n)`` that are alike for every `rows` of them.
+
+    A row without a choice has `n_blocks`; what it is then given means nothing.
+    """
+    lanes, many, n = ids.shape
+    units = xp.min(xp.reshape(ids, (lanes, many // rows, rows, n)), axis=-2)
+    lane = xp.arange(lanes, dtype=ids.dtype, device=loops.device_of(ids))
+    units = xp.where(units == n_blocks, xp.zeros_like(units), units)
+    units = units + xp.reshape(lane, (lanes, 1, 1)) * n_blocks
+    return Shared(xp.reshape(units, (-1, n)), rows)
+
+
 def group(ids: Array, n_blocks: int, *, xp: Namespace) -> Grouping:
     """
     Sort pairs by the block they chose.
@@ -91,7 +112,7 @@ def _search(edges: Array, x: Array, side: str, dtype: object, xp: Namespace) -> 
 
 
 def grouped_matmul(
-    rows: Array, blocks: Array, at: Grouping, *, per_row: int, xp: Namespace
+    rows: Array, blocks: Array, at: Grouping | Shared, *, per_row: int, xp: Namespace
 ) -> Array:
     """
     ``rows[pair // per_row] @ blocks[ids[pair]]`` for every pair.
@@ -102,7 +123,7 @@ def grouped_matmul(
         One row for each `per_row` pairs.
     blocks : array, shape (lanes * n_blocks, n, m)
         The blocks of all lanes.
-    at : Grouping
+    at : Grouping or Shared
         Of the pairs' choices.
     per_row : int
         Consecutive pairs that share a row.
@@ -114,6 +135,8 @@ def grouped_matmul(
     array, shape (lanes * pairs, m)
         A row for each pair.
     """
+    if isinstance(at, Shared):
+        return _shared_matmul(rows, blocks, at, per_row=per_row, xp=xp)
     sources = at.slot_pair // per_row if per_row > 1 else at.slot_pair
     padded = xp.reshape(
         xp.take(rows, sources, axis=0), (at.chunk_block.shape[0], at.chunk, rows.shape[-1])
@@ -122,3 +145,13 @@ def grouped_matmul(
     products = xp.matmul(padded, chosen)
     flat = xp.reshape(products, (math.prod(products.shape[:2]), products.shape[-1]))
     return xp.take(flat, at.pair_slot, axis=0)
+
+
+def _shared_matmul(rows: Array, blocks: Array, at: Shared, *, per_row: int, xp: Namespace) -> Array:
+    """`grouped_matmul` where neighbours chose together: a batch of products as they lie."""
+    units, n = at.ids.shape
+    chosen = xp.take(blocks, xp.reshape(at.ids, (-1,)), axis=0)
+    chosen = xp.reshape(chosen, (units, n, *blocks.shape[1:]))
+    rows = xp.reshape(rows, (units, at.rows, n // per_row, rows.shape[-1]))
+    products = xp.matmul(xp.moveaxis(rows, 2, 1), chosen)  # (units, n, rows, m)
+    return xp.reshape(xp.moveaxis(products, 1, 2), (-1, products.shape[-1]))

@@ -25,7 +25,7 @@ from arrattn._core import (
     sparse_jobs,
     staging,
 )
-from arrattn._core.grouped import Grouping, group, grouped_matmul
+from arrattn._core.grouped import Grouping, Shared, group, grouped_matmul, share
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import make_plan
 from arrattn._core.routing import Rows
@@ -251,10 +251,12 @@ def _routed_tile(
         # What others chose together with a query may be the block that it lies in.
         twice = xp.concat([xp.zeros_like(own, dtype=xp.bool), found == own], axis=-1)
     n = ids.shape[-1]
-    some = ids < nb
+    some, lanes = ids < nb, math.prod(shape[:-2])
+    if choice.per == "block":
+        grouping: Any = share(xp.reshape(ids, (lanes, -1, n)), nb, size, xp=xp)
     ids = xp.where(some, ids, xp.zeros_like(ids))
-    lanes = math.prod(shape[:-2])
-    grouping = group(xp.reshape(ids, (lanes, -1)), nb, xp=xp)
+    if choice.per != "block":
+        grouping = group(xp.reshape(ids, (lanes, -1)), nb, xp=xp)
 
     # The keys looked at, in the order own block, then the others: (..., nq, n * size).
     within = xp.arange(size, dtype=ids.dtype, device=call.device)
@@ -284,7 +286,7 @@ def _routed_tile(
 
 
 def _block_scores(
-    q: Array, k: Array, at: Grouping, n: int, finite: bool | None, *, xp: Namespace
+    q: Array, k: Array, at: Grouping | Shared, n: int, finite: bool | None, *, xp: Namespace
 ) -> Array:
     """Scores of each query with the keys of its blocks, (pairs, block); NaN of keys not finite."""
     if not finite:
@@ -304,7 +306,7 @@ def _block_sums(
     seen: Array,
     *,
     blocks: Array,
-    at: Grouping,
+    at: Grouping | Shared,
     n: int,
     finite: bool | None,
     xp: Namespace,
