@@ -368,20 +368,28 @@ def test_what_jax_compiles_does_not_grow_with_the_length() -> None:
     assert equations(2124) == equations(9292)  # whole spans, and the same rest
 
 
-def test_working_memory_does_not_grow_with_the_length() -> None:
+@pytest.mark.parametrize("rest", [0, 1])
+@pytest.mark.parametrize("channels", [1, 16], ids=["gated", "by channel"])
+@pytest.mark.parametrize("rule", ["delta", "linear", "sums"])
+def test_working_memory_does_not_grow_with_the_length(rule: str, channels: int, rest: int) -> None:
     peaks: dict[int, int] = {}
 
     def beyond_outputs(n: int) -> None:
-        x, beta = np.ones((2, n, 32), np.float32) / 6, np.ones((2, n), np.float32)
+        x, decay = np.ones((2, n, 16), np.float32) / 6, -np.ones((2, n, channels), np.float32)
         tracemalloc.start()
         with set_num_threads(1):
-            delta_attention(x, x, x, beta=beta, log_decay=-beta)
+            if rule == "delta":
+                delta_attention(x, x, x, beta=x[..., 0], log_decay=decay)
+            else:
+                how = {"feature_map": None, "normalize": rule == "linear", "is_causal": True}
+                linear_attention(x, x, x, log_decay=decay, **how)
         peaks[n] = tracemalloc.get_traced_memory()[1] - x.nbytes  # without the output
         tracemalloc.stop()
 
-    short = 2 * gated.SPAN * gated.CHUNK
-    for n in (64, short, 16384):  # what a first call loads stays, and does not count
+    short, long = 4 * gated.SPAN * gated.CHUNK + rest, 128 * gated.SPAN * gated.CHUNK + rest
+    for n in (64, short, long):  # what a first call loads stays, and does not count
         thread = threading.Thread(target=beyond_outputs, args=[n])  # with no work space yet
         thread.start()
         thread.join()
-    assert peaks[16384] < 1.2 * peaks[short]
+    # Spans are counted, but nothing is kept of tokens: half a number for each and each head.
+    assert peaks[long] < peaks[short] + (long - short) * 2 * 4 / 2

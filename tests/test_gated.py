@@ -94,6 +94,14 @@ def test_lengths_around_the_real_chunk_and_span(lane: Lane, n: int, channels: in
     lane.check(state.S, after.S, dtype="float64", within=within)
 
 
+def test_steps_over_no_tokens_are_no_rows() -> None:
+    q, k, v = np.ones((2, 6, 0, 3)), np.ones((2, 3, 0, 3)), np.ones((2, 3, 0, 5))
+    out, state = reference.linear_steps(q, k, v)
+    assert out.shape == (2, 6, 0, 5)
+    assert state.S.shape == (2, 3, 3, 5)
+    assert not state.S.any()
+
+
 STEPS = [("elu_plus_one", None), ("relu", 3), ("softmax", None), ("softmax", 8), ("identity", 3)]
 
 

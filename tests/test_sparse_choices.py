@@ -163,6 +163,16 @@ def test_bounds_leave_out_most_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.allclose(got, exact, atol=2 * output_error(q, k, v, dtype="float64"), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [1, 7, 16, 61])
+def test_the_least_exponential_is_what_numpy_says(dtype: str, n: int) -> None:
+    # Sparse attention on NumPy takes it off, so that what is hidden weighs 0 exactly.
+    least = np.finfo(dtype)
+    exponents = np.full((n, 2), least.minexp, dtype)
+    for x in (exponents, exponents[:, 0], exponents[::-1].copy()):
+        assert (np.exp2(x) == least.tiny).all()
+
+
 @pytest.mark.lanes("numpy")
 @pytest.mark.parametrize(
     "options",

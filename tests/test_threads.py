@@ -110,8 +110,24 @@ def test_helpers_keep_off_the_processor_of_their_caller(monkeypatch: pytest.Monk
         pool.make_room()
         assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
         assert os.sched_getaffinity(0) == allowed
-    pool.executor.submit(pool.make_room).result()
+    loops.run_jobs([pool.make_room], small=True)  # within a job it leaves all as it is
+    assert pool.away is not None
     assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
+
+
+def test_jobs_see_the_threads_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ARRATTN_NUM_THREADS", raising=False)
+    n = get_num_threads()  # as many as processors, of which helpers are kept off one
+    seen: list[int] = []
+    gate = threading.Barrier(n, timeout=60)
+
+    def job() -> None:
+        gate.wait()
+        seen.append(get_num_threads())
+
+    for _ in range(3):
+        loops.run_jobs([job] * n)
+    assert seen == [n] * 3 * n
 
 
 def test_a_system_that_lets_no_thread_be_placed_computes(monkeypatch: pytest.MonkeyPatch) -> None:

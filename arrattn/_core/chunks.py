@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arrattn._core.gated import Chunks
 
 
-class Span:
+class Room:
     """
     Room for chunks of tokens whose decay is the same for all features.
 
@@ -35,42 +35,45 @@ class Span:
         n, heads, groups, c, d = q.shape
         columns = x.v.shape[-1]
 
-        def room(slot: str, *shape: int) -> Array:
+        def space(slot: str, *shape: int) -> Array:
             return loops.work_space(f"span {slot}", shape, q.dtype)
 
         lead = _heads_first(x.gates.steps).shape[:-2]
-        steps = room("steps", *lead, c + 1)
+        steps = space("steps", *lead, c + 1)
         self.steps, self.ones, self.rows = steps[..., :c], steps[..., c], steps.reshape(-1, c + 1)
-        self.logs = room("decays", len(self.rows), c * c + c)
+        self.logs = space("decays", len(self.rows), c * c + c)
         self.sums = _sums(c, q.dtype)
         decays = self.logs.reshape(*lead, c * c + c)
         self.within = decays[..., : c * c].reshape(*lead, c, c)
         self.since_start = decays[..., c * c :]
         self.until_end = self.within[..., -1:, :]
-        self.k = room("keys", heads, n, d, c)
-        self.pairs = room("pairs", heads, groups, n, c, c)
-        self.S = room("S", n + 1, heads, d, columns)
-        self.more = room("more", heads, d, columns)
-        self.top, self.near = (room(slot, heads, groups, n, c, columns) for slot in ("top", "near"))
+        self.k = space("keys", heads, n, d, c)
+        self.pairs = space("pairs", heads, groups, n, c, c)
+        self.S = space("S", n + 1, heads, d, columns)
+        self.more = space("more", heads, d, columns)
+        self.top, self.near = (
+            space(slot, heads, groups, n, c, columns) for slot in ("top", "near")
+        )
         self.before = self.S[:-1].swapaxes(0, 1)
         whole = np.moveaxis(self.since_start[..., -1:, None], 1, 0)  # (C, H | 1, 1, 1)
         self.steps_on: list[Any] = list(zip(self.S[:-1], whole, self.S[1:], strict=True))
         self.v: Any = None
-        if x.beta is None:
+        self.corrects = x.beta is not None
+        if not self.corrects:
             return
-        self.solved = room("solved", heads, n, c, c)
+        self.solved = space("solved", heads, n, c, c)
         self.blocks = _pairs_of_blocks(self.solved)
-        self.target = room("target", heads, n, c, columns)
-        self.told = room("told", heads, n, c, d)
-        self.v = room("written", heads, n, c, columns)
-        self.found = room("found", heads, c, columns)
+        self.target = space("target", heads, n, c, columns)
+        self.told = space("told", heads, n, c, d)
+        self.v = space("written", heads, n, c, columns)
+        self.found = space("found", heads, c, columns)
         by_chunk = (np.moveaxis(a, 1, 0) for a in (self.told, self.target, self.v, self.k))
         self.steps_on = list(zip(self.S[:-1], whole, self.S[1:], *by_chunk, strict=True))
 
     def read(self, x: Chunks) -> None:
         """Do all that needs no memory."""
         self.q, k, v = _heads_first(x.q), _heads_first(x.k), _heads_first(x.v)
-        np.copyto(self.steps, _heads_first(x.gates.steps)[..., 0])
+        np.maximum(_heads_first(x.gates.steps)[..., 0], decay.FASTEST, out=self.steps)
         self.ones.fill(1.0)
         np.matmul(self.rows, self.sums, out=self.logs)
         np.exp(self.logs, out=self.logs)
@@ -88,9 +91,9 @@ class Span:
         solved *= self.within
         solved *= -beta
         np.einsum("...ii->...i", solved)[...] = 1.0
-        for first, below, second, room in self.blocks:
-            np.matmul(below, first, out=room)
-            np.matmul(second, room, out=below)
+        for first, below, second, space in self.blocks:
+            np.matmul(below, first, out=space)
+            np.matmul(second, space, out=below)
         solved *= beta.swapaxes(-1, -2)
         np.matmul(solved, v, out=self.target)
         solved *= self.since_start[..., None, :]
@@ -101,7 +104,7 @@ class Span:
         multiply, add, matmul, subtract = np.multiply, np.add, np.matmul, np.subtract
         np.copyto(self.S[0], memory)
         more = self.more
-        if len(self.steps_on[0]) == 3:
+        if not self.corrects:
             for S, whole, after in self.steps_on:
                 multiply(S, whole, more)
                 add(after, more, after)
@@ -146,7 +149,7 @@ def _sums(c: int, dtype: DType) -> Array:
 
 def _pairs_of_blocks(x: Array) -> list[tuple[Array, ...]]:
     """
-    What inverts ``1 - x`` in its place, once ones stand on its diagonal; room comes with it.
+    What inverts ``1 - x`` in its place, once ones stand on its diagonal; work space comes with it.
 
     As `decay.inverse` does, but from small blocks on the diagonal to large ones; those of two
     are inverted as they are. `x` (..., c, c) is strictly lower triangular, `c` a power of two.
@@ -157,7 +160,7 @@ def _pairs_of_blocks(x: Array) -> list[tuple[Array, ...]]:
         cut = x.reshape(*lead, m, 2, half, m, 2, half)
         blocks = np.einsum("...piapjb->...pijab", cut)  # a view of those on the diagonal
         first, below, second = (blocks[..., i, j, :, :] for i, j in ((0, 0), (1, 0), (1, 1)))
-        room = loops.work_space("span blocks", below.shape, x.dtype)
-        found.append((first, below, second, room))
+        space = loops.work_space("span blocks", below.shape, x.dtype)
+        found.append((first, below, second, space))
         half *= 2
     return found

@@ -135,10 +135,9 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
     S, into = memory.S.copy(), out.next(n)
     alike = s.decay is None or s.decay.shape[-1] == 1
     ways: dict[Any, Any] = {}  # of each thread
-    views = how.feature_map is identity and s.mask is None and n % c == 0 and s.k.dtype == how.acc
-    whole = _read(how, x, memory, s) if views else None
+    whole = _as_it_lies(how, s) if alike else None
 
-    def read(i: int) -> Span:
+    def read(i: int) -> Tokens:
         if whole is not None:
             return whole.chunks_of(i * many, many)
         cut = slice(i * many * c, min(n, (i + 1) * many * c))
@@ -153,7 +152,7 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
             own = read(i)
             way = ways.get(key := (threading.get_ident(), own.chunks.k.shape))
             if way is None:
-                way = ways[key] = chunks.Span(own.chunks) if alike else _ByFeature(how.xp)
+                way = ways[key] = chunks.Room(own.chunks) if alike else _ByFeature(how.xp)
             way.read(own.chunks)
             turns[i].wait()
             S[...] = way.pass_on(S)
@@ -171,7 +170,7 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
 
 
 class _ByFeature:
-    """What `chunks.Span` does, where decay differs by feature."""
+    """What `chunks.Room` does, where decay differs by feature."""
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
@@ -337,8 +336,8 @@ def _span(
     return memory, out[..., :n, :]
 
 
-class Span(NamedTuple):
-    """A span as it was read, filled up to whole chunks."""
+class Tokens(NamedTuple):
+    """Tokens as they were read, filled up to whole chunks."""
 
     n: int  # tokens, before it was filled up
     f: Any  # Features, or None without queries
@@ -346,13 +345,13 @@ class Span(NamedTuple):
     chunks: Chunks
     first: Array | None  # where a segment begins, (..., T)
 
-    def chunks_of(self, start: int, count: int) -> Span:
+    def chunks_of(self, start: int, count: int) -> Tokens:
         """So many of its chunks, if it was not filled up."""
         own = self.chunks.of(slice(start, start + count))
         return self._replace(n=own.k.shape[0] * own.k.shape[-2], chunks=own)
 
 
-def _read(how: How, x: Operands, memory: Memory, s: Sequence) -> Span:
+def _read(how: How, x: Operands, memory: Memory, s: Sequence) -> Tokens:
     """Read the tokens of a span; of the memory, only which segment it belongs to."""
     xp, n = how.xp, s.k.shape[-2]
     size = _chunk_size(n, how.chunk)
@@ -362,7 +361,20 @@ def _read(how: How, x: Operands, memory: Memory, s: Sequence) -> Span:
     f = None
     if s.q is not None:
         f = how.feature_map.phi_q(xp.astype(s.q, how.acc, copy=False), xp, x.weights)
-    return Span(n, f, keys, _cut(f, keys, gates, beta, size, xp), first)
+    return Tokens(n, f, keys, _cut(f, keys, gates, beta, size, xp), first)
+
+
+def _as_it_lies(how: How, s: Sequence) -> Tokens | None:
+    """All tokens of a delta rule at once, where reading them makes no copy; else None."""
+    xp, (n, _) = how.xp, s.k.shape[-2:]
+    arrays = [a for a in (s.q, s.k, s.v, s.decay, s.beta) if a is not None]
+    plain = s.mask is None and how.feature_map is identity and s.beta is not None
+    if not plain or n % how.chunk or any(a.dtype != how.acc for a in arrays):
+        return None
+    g = xp.broadcast_to(xp.zeros(1, dtype=how.acc), (1, n, 1)) if s.decay is None else s.decay
+    f, beta = Features(s.q, None), s.beta
+    keys = Keys(s.k, None, s.v, None)
+    return Tokens(n, f, keys, _cut(f, keys, Gates(g, None), beta, how.chunk, xp), None)
 
 
 def _chunk_size(n: int, most: int) -> int:

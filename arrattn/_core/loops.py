@@ -502,6 +502,8 @@ def num_threads() -> int:
     """Worker threads: as set, ``ARRATTN_NUM_THREADS``, or the processors this process may use."""
     if _asked is not None:
         return _asked
+    if within := _kept.__dict__.get("threads"):  # a job's own processors may be fewer
+        return int(within)
     asked = os.environ.get("ARRATTN_NUM_THREADS", "")
     if not asked:
         if hasattr(os, "sched_getaffinity"):
@@ -587,17 +589,17 @@ class _Pool:
         )
 
     def make_room(self) -> None:
-        """Let no helper begin where the calling thread is."""
+        """Let no helper begin where the calling thread is, which is none itself."""
         where = _processor()
-        if where is None or threading.get_native_id() in self.ids:
+        if where is None or _kept.__dict__.get("depth"):
             return
         allowed, here = frozenset(os.sched_getaffinity(0)), where()
         if (allowed, here, len(self.ids)) == self.away:
             return
-        self.away = allowed, here, len(self.ids)
-        with suppress(OSError):  # a helper that is gone, or a system that forbids it
-            for thread in self.ids:
+        for thread in self.ids:
+            with suppress(OSError):  # a helper that is gone, or a system that forbids it
                 os.sched_setaffinity(thread, allowed - {here} or allowed)
+        self.away = allowed, here, len(self.ids)
 
 
 @lru_cache(maxsize=1)
@@ -641,7 +643,7 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
     number of threads. The first exception is raised, once every worker has stopped.
     """
     if small:
-        _run_all(iter(jobs))
+        _run_all(iter(jobs), None)
         return
     queue = iter(jobs)
     take = threading.Lock()
@@ -659,10 +661,11 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
         pool = _pool(threads)
         pool.make_room()
         futures = [
-            pool.executor.submit(_run_all, shared()) for _ in range(min(threads, len(jobs)) - 1)
+            pool.executor.submit(_run_all, shared(), threads)
+            for _ in range(min(threads, len(jobs)) - 1)
         ]
         try:
-            _run_all(shared())
+            _run_all(shared(), threads)
         finally:
             with take:
                 queue = iter(())
@@ -675,12 +678,14 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
             future.result()
 
 
-def _run_all(jobs: Iterator[Callable[[], None]]) -> None:
-    depth = _kept.__dict__.get("depth", 0)
-    _kept.__dict__["depth"] = depth + 1
+def _run_all(jobs: Iterator[Callable[[], None]], threads: int | None) -> None:
+    """Run jobs one after the other; `num_threads` in them is `threads`, unless that is None."""
+    held: dict[str, Any] = _kept.__dict__
+    depth, before = held.get("depth", 0), held.get("threads")
+    held["depth"], held["threads"] = depth + 1, threads or before
     try:
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             for job in jobs:
                 job()
     finally:
-        _kept.__dict__["depth"] = depth
+        held["depth"], held["threads"] = depth, before

@@ -239,7 +239,8 @@ def linear_steps(
         log = _log(f_q, xp)[..., t] + per_query_head(base, q_, xp, axis=-1)
         row = ratio(top, total, xp) if normalize else scale * top * xp.exp(log)[..., None, None]
         rows.append(row)
-    out = xp.concat(rows, axis=-2) if rows else xp.zeros_like(q_[..., :1]) * v_[..., :0, :1]
+    none = xp.zeros_like(q_[..., :1]) * per_query_head(v_, q_, xp)
+    out = xp.concat(rows, axis=-2) if rows else none
     base = xp.exp(xp.where(m == -math.inf, 0.0, m))[..., None]
     return like(out, q, xp), _state_like(S * base[..., None], z * base, q)
 
