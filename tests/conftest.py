@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from lanes import LANES, Lane
+from lanes import CHOSEN, Lane
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -67,7 +67,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lane" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("lanes")
-    chosen = LANES if marker is None else tuple(x for x in LANES if x.name in marker.args)
-    if only := os.environ.get("ARRATTN_LANES"):
-        chosen = tuple(x for x in chosen if x.name in only.split(","))
+    chosen = CHOSEN if marker is None else tuple(x for x in CHOSEN if x.name in marker.args)
     metafunc.parametrize("lane", _params(chosen))

@@ -356,7 +356,7 @@ def test_decay_that_can_be_read_in_two_ways() -> None:
     [
         ({"beta": 0.5}, TypeError, "beta: expected an array of real floats, got 0.5"),
         ({"beta": np.ones((2, 5), int)}, TypeError, "beta: expected an array of real floats"),
-        ({"beta": jnp.ones((2, 5))}, TypeError, "beta: expected an array of the same library"),
+        ({"beta": torch.ones((2, 5))}, TypeError, "beta: expected an array of the same library"),
         ({"beta": np.ones((2, 4))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 4)"),
         ({"beta": np.ones((2, 5, 1))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 5, 1)"),
         ({"beta": np.ones(5)}, ValueError, "(..., Hv, Nk) = (2, 5), got (5,)"),

@@ -297,6 +297,12 @@ def test_patterns_do_not_change() -> None:
     assert {patterns.Causal(), patterns.Causal()} == {patterns.Causal()}
 
 
+def test_different_patterns_have_different_hashes() -> None:
+    windows = [patterns.Window(left, right) for left in range(5) for right in range(5)]
+    others = [patterns.Causal(), patterns.Prefix(3), patterns.Global(3), patterns.Strided(3)]
+    assert len({hash(x) for x in [*windows, *others]}) == 29
+
+
 def test_patterns_are_known_by_their_public_names() -> None:
     for name in patterns.__all__:
         assert getattr(patterns, name).__module__ == "arrattn.patterns"
