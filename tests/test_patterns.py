@@ -73,6 +73,65 @@ def test_a_plan_covers_its_pattern(view: Any, rows: int, cols: int) -> None:
                 assert tile.all()
 
 
+EVERY_OTHER = np.arange(9).reshape(3, 3) % 2 == 0
+PRECISE = [
+    patterns.Causal(),
+    patterns.Window(2, 1),
+    patterns.Window(None, 2),
+    patterns.Window(3, None),
+    ~patterns.Window(2, 1),
+    patterns.Prefix(0),
+    patterns.Prefix(4),
+    patterns.Global(3),
+    patterns.Dilated(1, 2, 1),
+    patterns.Dilated(2, None, 1),
+    patterns.Dilated(3, 1, 2),
+    patterns.Strided(3),
+    patterns.Blocks(EVERY_OTHER, 3),
+    patterns.Blocks(~EVERY_OTHER, 2),
+    patterns.Segments(*(2 * [np.arange(9) // 4])),
+    patterns.Random(0, 0),
+    patterns.Random(2, 0, size=2),
+    patterns.Random(3, 1, size=2, keys=7),
+    patterns.Random(9, 0),
+    patterns.OwnBlock(3, 9),
+    patterns.OwnBlock(2, 5),
+]
+CAUTIOUS = [  # in some rectangle, part of which is seen for one reason and part for another
+    patterns.Fixed(3, 1),
+    patterns.Fixed(2, 2),
+    patterns.Fixed(4, 0),
+    patterns.Random(2, 0),
+    patterns.Causal() & patterns.Strided(2),
+    patterns.Window(1, 0) | patterns.Global(2),
+    patterns.Segments(*(2 * [np.arange(9) % 3])),
+]
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 4])
+@pytest.mark.parametrize(
+    ("pattern", "precise"),
+    [*((x, True) for x in PRECISE), *((x, False) for x in CAUTIOUS)],
+    ids=str,
+)
+def test_what_is_said_of_a_rectangle_holds_there(
+    pattern: patterns.Pattern, precise: bool, offset: int
+) -> None:
+    n = 9
+    lo, hi = np.array([(i, j) for i in range(n) for j in range(i + 1, n + 1)]).T
+    i0, i1, j0, j1 = lo[:, None], hi[:, None], lo[None, :], hi[None, :]
+    pattern = pattern.bound(n)
+    some, every = pattern.rectangles(Rectangles(i0, i1, i0 + offset, i1 + offset, j0, j1))
+    sums = np.pad(pattern.table(n, n, q_offset=offset).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    seen = sums[i1, j1] - sums[i0, j1] - sums[i1, j0] + sums[i0, j0]
+    all_of_it = seen == (i1 - i0) * (j1 - j0)
+    assert not (~np.asarray(some) & (seen > 0)).any(), "a visible pair is left out"
+    assert not (every & ~all_of_it).any(), "a hidden pair is taken for visible"
+    if precise:
+        assert not (some & (seen == 0)).any(), "nothing to look at is looked at"
+        assert not (~np.asarray(every) & all_of_it).any(), "what is full is not known to be"
+
+
 @pytest.mark.parametrize(
     ("pattern", "share"),
     [
@@ -301,6 +360,18 @@ def test_different_patterns_have_different_hashes() -> None:
     windows = [patterns.Window(left, right) for left in range(5) for right in range(5)]
     others = [patterns.Causal(), patterns.Prefix(3), patterns.Global(3), patterns.Strided(3)]
     assert len({hash(x) for x in [*windows, *others]}) == 29
+
+
+def test_patterns_are_equal_if_they_hold_the_same_arrays() -> None:
+    table = np.eye(3, dtype=bool)
+    pattern = patterns.Blocks(table, 2)
+    assert pattern == patterns.Blocks(table, 2)
+    with pytest.raises(TypeError, match="unhashable"):  # its table may change
+        hash(pattern)
+    assert pattern != patterns.Blocks(table.copy(), 2)
+    assert pattern != patterns.Blocks(table, 3)
+    assert patterns.Prefix(3) != patterns.Prefix(np.array([3, 3]))
+    assert patterns.Causal() & pattern == patterns.Causal() & patterns.Blocks(table, 2)
 
 
 def test_patterns_are_known_by_their_public_names() -> None:
