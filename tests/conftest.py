@@ -29,7 +29,7 @@ settings.register_profile(
 # For mutation testing: a failure is all that is asked for, not the smallest.
 settings.register_profile(
     "mutation", derandomize=True, deadline=None, database=None,
-    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")), report_multiple_bugs=False,
     phases=(Phase.explicit, Phase.generate), suppress_health_check=QUIET,
 )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -104,6 +104,63 @@ def test_different_devices(family: str) -> None:
     refused(TypeError, *says, by=lambda: FAMILIES[family](here, there, here))
 
 
+def seen(xp: Any) -> dict[str, Any]:
+    """Arguments about visibility whose arrays are of this library, by what errors call them."""
+    ids = xp.zeros(5, dtype=xp.int32)
+    return {
+        "kv_lengths": {"kv_lengths": xp.asarray(3)},
+        "segment_ids": {"segment_ids": ids},
+        "segment_ids[1]": {"segment_ids": (np.zeros(5, int), ids)},
+    }
+
+
+def softmax_arrays(xp: Any) -> dict[str, Any]:
+    here, there = np.zeros(5, int), xp.zeros(5, dtype=xp.int32)
+    return {
+        **seen(xp),
+        "mask": {"mask": xp.ones((5, 5), dtype=xp.bool)},
+        "bias": {"bias": xp.ones((5, 5))},
+        "sinks": {"sinks": xp.ones(2)},
+        "q_offset": {"q_offset": xp.asarray(0)},
+        "pattern (its array 1)": {"pattern": patterns.Segments(here, there)},
+    }
+
+
+def linear_arrays(xp: Any) -> dict[str, Any]:
+    return {
+        **seen(xp),
+        "key_mask": {"key_mask": xp.ones(5, dtype=xp.bool)},
+        "log_decay": {"log_decay": -xp.ones((2, 5, 4))},
+    }
+
+
+ARRAYS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "attention": softmax_arrays,
+    "local_attention": softmax_arrays,
+    "sparse_attention": lambda xp: {
+        **softmax_arrays(xp),
+        "block_scores": {"block_scores": xp.ones((2, 5, 2)), "select": "blocks", "block_size": 3},
+        "always (its array 0)": {"always": patterns.Prefix(xp.asarray(1))},
+    },
+    "linear_attention": lambda xp: {
+        **linear_arrays(xp),
+        "initial_state.z": {"initial_state": LinearState(np.zeros((2, 4, 4)), xp.ones((2, 4)))},
+    },
+    "delta_attention": lambda xp: {
+        **linear_arrays(xp),
+        "beta": {"beta": xp.ones((2, 5))},
+        "initial_state.S": {"initial_state": DeltaState(xp.ones((2, 4, 4)))},
+    },
+}
+
+
+@families
+def test_every_array_of_another_library_is_named(family: str) -> None:
+    for name, options in ARRAYS[family](torch).items():
+        says = f"{name}: expected an array of the same library as q (numpy), got one of torch"
+        refused(TypeError, says, by=lambda o=options: FAMILIES[family](*[ONES] * 3, **o))
+
+
 @families
 @pytest.mark.parametrize(
     ("q", "k", "v", "says"),

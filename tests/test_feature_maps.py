@@ -218,6 +218,11 @@ def test_maps_print_as_they_are_written() -> None:
             "bins: expected a power of two",
         ),
         (
+            lambda d: feature_maps.laplacian(1.0, features="binning", bins=512, **d),
+            ValueError,
+            "bins: expected a power of two from 2 to 256, got 512",
+        ),
+        (
             lambda d: feature_maps.laplacian(1.0, features="binning", bins=2.0, **d),
             TypeError,
             "bins: expected an int",
