@@ -132,6 +132,30 @@ def test_what_is_said_of_a_rectangle_holds_there(
         assert not (~np.asarray(every) & all_of_it).any(), "what is full is not known to be"
 
 
+SPANS = [
+    patterns.Causal(),
+    patterns.Window(2, 1),
+    patterns.Window(None, None),
+    patterns.Prefix(4),
+    patterns.Causal() & patterns.Prefix(3),
+    patterns.Prefix(6) & patterns.Window(1, 3),
+    patterns.Window(3, None) & patterns.Window(None, 1),
+    patterns.Window(1, None) & patterns.Window(2, 2) & patterns.Causal(),
+]
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 4])
+@pytest.mark.parametrize("pattern", SPANS, ids=str)
+def test_what_is_seen_is_one_span_each_way(pattern: patterns.Pattern, offset: int) -> None:
+    n = 9
+    pairs = TilePairs(0, n, 0, n, offset, xp=np, device=None)
+    table = pattern.table(n, n, q_offset=offset)
+    for span, x in ((pattern.key_span(pairs), pairs.j), (pattern.query_span(pairs), pairs.p)):
+        assert span is not None
+        lo, hi = (y if y is not None else x + d for y, d in zip(span, (0, 1), strict=True))
+        np.testing.assert_array_equal(np.broadcast_to((x >= lo) & (x < hi), (n, n)), table)
+
+
 @pytest.mark.parametrize(
     ("pattern", "share"),
     [
