@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import array_api_strict
@@ -159,6 +161,15 @@ def test_every_array_of_another_library_is_named(family: str) -> None:
     for name, options in ARRAYS[family](torch).items():
         says = f"{name}: expected an array of the same library as q (numpy), got one of torch"
         refused(TypeError, says, by=lambda o=options: FAMILIES[family](*[ONES] * 3, **o))
+
+
+@families
+def test_every_argument_that_makes_no_sense_is_named(family: str) -> None:
+    for name, parameter in signature(getattr(arrattn, family)).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            with pytest.raises((TypeError, ValueError)) as caught:
+                FAMILIES[family](ONES, ONES, ONES, **{name: object()})
+            assert re.match(f"{family}: {name}: .*<object object", str(caught.value))
 
 
 @families
