@@ -275,7 +275,8 @@ def run(arguments: argparse.Namespace) -> list[tuple[Any, str]]:
     mutants = make_mutants(arguments)
     for data, _ in mutants:
         data.meta_path = data.meta_path.absolute()
-    options = ["-q", "--capture=sys", "--rootdir=.", *config().pytest_add_cli_args]
+    # pytest's own tracebacks parse the file that failed, which holds all of its mutants.
+    options = ["-q", "--tb=native", "--capture=sys", "--rootdir=.", *config().pytest_add_cli_args]
     os.chdir("mutants")
     code = pytest.main(
         [*config().pytest_add_cli_args_test_selection, *options],
