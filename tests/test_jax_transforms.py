@@ -47,6 +47,30 @@ def test_lengths_may_be_traced(family: str) -> None:
     close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
 
 
+SHARED: dict[str, Any] = {
+    "mask": np.random.default_rng(1).random((12, 12)) < 0.8,
+    "kv_lengths": np.asarray([9, 12, 1]),
+    "segment_ids": np.arange(12) // 5,
+    "q_offset": np.asarray([0, 1, -1]),
+    "bias": np.random.default_rng(2).normal(size=(2, 12, 12)),
+    "sinks": np.asarray([0.3, -1.0]),
+}
+
+
+@pytest.mark.parametrize("family", ["dense", "local", "sparse"])
+@pytest.mark.parametrize("names", [*((x,) for x in SHARED), tuple(SHARED)], ids=",".join)
+def test_arrays_about_scores_and_visibility_may_be_traced(
+    family: str, names: tuple[str, ...]
+) -> None:
+    options = {n: SHARED[n] for n in names}
+    function, qkv = FAMILIES[family], arrays()
+    expected = np.asarray(function(*qkv, **options))
+    traced = jax.jit(lambda o, *a: function(*a, **o))
+    got = traced({n: jnp.asarray(x) for n, x in options.items()}, *map(jnp.asarray, qkv))
+    within = 2 * output_error(*qkv, dtype="float64", bias=options.get("bias"))
+    close(np.asarray(got), expected, within=within)
+
+
 @families
 def test_lengths_may_be_mapped(family: str) -> None:
     q, k, v = arrays()

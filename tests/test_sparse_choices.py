@@ -78,6 +78,20 @@ def test_queries_may_begin_inside_a_block(lane: Lane, per: str, rows: int, offse
     agrees(lane, in_rows(rows), reference.sparse_attention, Case(q, k, v, options))
 
 
+@pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "jax", "dask")  # jit adds nothing
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 1), (1, 13), (2, 1), (4, 13)])
+def test_scores_of_blocks_may_be_given_in_any_shape(
+    lane: Lane, per: str, heads: int, rows: int
+) -> None:
+    rng = np.random.default_rng(13)
+    q, (k, v) = rng.normal(size=(4, 13, 4)), rng.normal(size=(2, 2, 24, 4))
+    given = rng.integers(-9, 9, (heads, rows, 6)).astype(float)
+    options = {"block_scores": given, "per": per, "block_size": 4, "top_k": 2, "select": "blocks"}
+    for attend in (sparse_attention, in_rows(4)):
+        agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
+
+
 def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.ndarray[Any, Any]:
     """Which keys a selection names: of keys, or of blocks of `size`."""
     n = nk if size is None else -(-nk // size)
