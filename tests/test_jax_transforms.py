@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import close
+from softmax import in_tiles
 from tolerance import output_error
 
 from arrattn import attention, linear_attention, local_attention, sparse_attention
@@ -45,6 +46,14 @@ def test_lengths_may_be_traced(family: str) -> None:
     traced = jax.jit(lambda n, *a: function(*a, kv_lengths=n, is_causal=True))
     got = traced(jnp.asarray(lengths), *map(jnp.asarray, (q, k, v)))
     close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+def test_tiles_are_scanned() -> None:
+    q, k, v = arrays(13)
+    qkv = np.concatenate([q, k], axis=1), k, v  # two query heads to a key head
+    got = in_tiles((4, 3))(*map(jnp.asarray, qkv), is_causal=True)
+    expected = attention(*qkv, is_causal=True)
+    close(np.asarray(got), expected, within=2 * output_error(*qkv, dtype="float64"))
 
 
 SHARED: dict[str, Any] = {
