@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from lanes import LANES, Lane
+from lanes import CHOSEN, Lane
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -29,7 +29,7 @@ settings.register_profile(
 # For mutation testing: a failure is all that is asked for, not the smallest.
 settings.register_profile(
     "mutation", derandomize=True, deadline=None, database=None,
-    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")),
+    max_examples=int(os.environ.get("ARRATTN_EXAMPLES", "40")), report_multiple_bugs=False,
     phases=(Phase.explicit, Phase.generate), suppress_health_check=QUIET,
 )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -67,7 +67,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "lane" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("lanes")
-    chosen = LANES if marker is None else tuple(x for x in LANES if x.name in marker.args)
-    if only := os.environ.get("ARRATTN_LANES"):
-        chosen = tuple(x for x in chosen if x.name in only.split(","))
+    chosen = CHOSEN if marker is None else tuple(x for x in CHOSEN if x.name in marker.args)
     metafunc.parametrize("lane", _params(chosen))

@@ -9,6 +9,7 @@ looks at a single value.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ class Lane:
         """
         xp = array_namespace(got)
         assert xp.__name__ == self.namespace.__name__
-        assert got.dtype == getattr(xp, dtype, NUMPY_DTYPES[dtype])
+        assert got.dtype == (getattr(xp, dtype, None) or NUMPY_DTYPES[dtype])
         assert tuple(got.shape) == expected.shape
         example = self.asarray(np.zeros(1), "float32") if like is None else like
         assert device(got) == device(example)
@@ -271,3 +272,6 @@ LANES = (
     _lane("dask", "dask", "cpu", 4),
     _lane("cupy", "cupy", "cuda", 20),
 )
+_asked_for = os.environ.get("ARRATTN_LANES", "").split(",")
+#: Those that the environment asks for, as in ``ARRATTN_LANES=numpy,torch``; without it, all.
+CHOSEN = tuple(x for x in LANES if x.name in _asked_for) or LANES

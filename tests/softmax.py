@@ -12,7 +12,8 @@ from tolerance import accumulation, eps, largest, output_error, score_error
 
 from arrattn import sparse_attention
 from arrattn._core.engine import attend
-from arrattn._core.inputs import read_softmax
+from arrattn._core.inputs import read_softmax, read_sparse
+from arrattn._core.select import attend_selected
 
 
 def agrees(
@@ -58,6 +59,19 @@ def in_tiles(tile: tuple[int, int]) -> Callable[..., Any]:
         return (out, lse) if return_lse else out
 
     return attention
+
+
+def in_rows(rows: int) -> Callable[..., Any]:
+    """Sparse attention, told how many queries to handle at once."""
+
+    def sparse_attention(*arrays: Any, return_lse: bool = False, **options: Any) -> Any:
+        given = dict.fromkeys(("top_k", "route", "block_size")) | {"select": "keys"} | options
+        call, choice = read_sparse(*arrays, return_lse=return_lse, **given)
+        out, lse, *chosen = attend_selected(call, choice, rows=rows)
+        results = (*call.ungroup(out, lse), *map(call.ungroup_selection, chosen))
+        return results if return_lse else results[0]
+
+    return sparse_attention
 
 
 def is_sparse(

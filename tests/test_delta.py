@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gates import CHUNKS, check_delta, chunks_of, decays, delta_cases, delta_errors
 from hypothesis import strategies as st
-from lanes import LANES, Lane, close
+from lanes import CHOSEN, Lane, close
 from laws import for_all
 from softmax import as_held
 from strategies import Case
@@ -31,7 +31,7 @@ from arrattn._core import gated, loops
 eager = pytest.mark.lanes(
     "numpy", "numpy-readonly", "strict", "strict-device1", "torch", "torch-cuda", "cupy"
 )
-other = [x for x in LANES if x.missing is None and x.name != "jax-jit"]
+other = [x for x in CHOSEN if x.missing is None and x.name != "jax-jit"]
 
 
 @eager

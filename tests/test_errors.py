@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import array_api_strict
@@ -102,6 +104,72 @@ def test_different_devices(family: str) -> None:
     there = array_api_strict.ones((2, 5, 4), device=array_api_strict.Device("device1"))
     says = ("k: expected an array on the device of q", "device1")
     refused(TypeError, *says, by=lambda: FAMILIES[family](here, there, here))
+
+
+def seen(xp: Any) -> dict[str, Any]:
+    """Arguments about visibility whose arrays are of this library, by what errors call them."""
+    ids = xp.zeros(5, dtype=xp.int32)
+    return {
+        "kv_lengths": {"kv_lengths": xp.asarray(3)},
+        "segment_ids": {"segment_ids": ids},
+        "segment_ids[1]": {"segment_ids": (np.zeros(5, int), ids)},
+    }
+
+
+def softmax_arrays(xp: Any) -> dict[str, Any]:
+    here, there = np.zeros(5, int), xp.zeros(5, dtype=xp.int32)
+    return {
+        **seen(xp),
+        "mask": {"mask": xp.ones((5, 5), dtype=xp.bool)},
+        "bias": {"bias": xp.ones((5, 5))},
+        "sinks": {"sinks": xp.ones(2)},
+        "q_offset": {"q_offset": xp.asarray(0)},
+        "pattern (its array 1)": {"pattern": patterns.Segments(here, there)},
+    }
+
+
+def linear_arrays(xp: Any) -> dict[str, Any]:
+    return {
+        **seen(xp),
+        "key_mask": {"key_mask": xp.ones(5, dtype=xp.bool)},
+        "log_decay": {"log_decay": -xp.ones((2, 5, 4))},
+    }
+
+
+ARRAYS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "attention": softmax_arrays,
+    "local_attention": softmax_arrays,
+    "sparse_attention": lambda xp: {
+        **softmax_arrays(xp),
+        "block_scores": {"block_scores": xp.ones((2, 5, 2)), "select": "blocks", "block_size": 3},
+        "always (its array 0)": {"always": patterns.Prefix(xp.asarray(1))},
+    },
+    "linear_attention": lambda xp: {
+        **linear_arrays(xp),
+        "initial_state.z": {"initial_state": LinearState(np.zeros((2, 4, 4)), xp.ones((2, 4)))},
+    },
+    "delta_attention": lambda xp: {
+        **linear_arrays(xp),
+        "beta": {"beta": xp.ones((2, 5))},
+        "initial_state.S": {"initial_state": DeltaState(xp.ones((2, 4, 4)))},
+    },
+}
+
+
+@families
+def test_every_array_of_another_library_is_named(family: str) -> None:
+    for name, options in ARRAYS[family](torch).items():
+        says = f"{name}: expected an array of the same library as q (numpy), got one of torch"
+        refused(TypeError, says, by=lambda o=options: FAMILIES[family](*[ONES] * 3, **o))
+
+
+@families
+def test_every_argument_that_makes_no_sense_is_named(family: str) -> None:
+    for name, parameter in signature(getattr(arrattn, family)).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            with pytest.raises((TypeError, ValueError)) as caught:
+                FAMILIES[family](ONES, ONES, ONES, **{name: object()})
+            assert re.match(f"{family}: {name}: .*<object object", str(caught.value))
 
 
 @families
@@ -356,7 +424,7 @@ def test_decay_that_can_be_read_in_two_ways() -> None:
     [
         ({"beta": 0.5}, TypeError, "beta: expected an array of real floats, got 0.5"),
         ({"beta": np.ones((2, 5), int)}, TypeError, "beta: expected an array of real floats"),
-        ({"beta": jnp.ones((2, 5))}, TypeError, "beta: expected an array of the same library"),
+        ({"beta": torch.ones((2, 5))}, TypeError, "beta: expected an array of the same library"),
         ({"beta": np.ones((2, 4))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 4)"),
         ({"beta": np.ones((2, 5, 1))}, ValueError, "(..., Hv, Nk) = (2, 5), got (2, 5, 1)"),
         ({"beta": np.ones(5)}, ValueError, "(..., Hv, Nk) = (2, 5), got (5,)"),

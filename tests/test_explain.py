@@ -326,6 +326,61 @@ def test_the_selection_named_is_the_selection_made(
     assert not jobs_done
 
 
+# Of X: 4 lanes of 300 queries and 17 blocks of 18 keys; 8 wide, and 8 more of values.
+OWN, BLOCK, MEANS, KEYS = "blocks of 18 keys, and the best ", 18, 300 * 17 * 8, 300 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "products"),
+    [
+        (
+            {"route": None},
+            (OWN + "18 keys outside", "all 300 keys are scored: exact selection"),
+            300 * KEYS,
+        ),
+        (
+            {"top_k": 0},
+            (OWN + "0 keys outside", "no block but the query's own is looked into"),
+            MEANS + BLOCK * KEYS,
+        ),
+        (
+            {"route": 2, "top_k": 9},
+            (OWN + "9 keys outside", "2 of 17 blocks are searched, by the means of their keys"),
+            MEANS + 3 * BLOCK * KEYS,
+        ),
+        (
+            {"select": "blocks", "score": "bound", "top_k": 4},
+            (OWN + "4 blocks outside", "4 of 17 blocks are taken, by bounds of their keys' scores"),
+            MEANS + 5 * BLOCK * KEYS,
+        ),
+        (
+            {"select": "blocks", "score": "best", "top_k": 1},
+            (OWN + "1 blocks outside", "1 of 17 blocks are taken, by their best scores"),
+            MEANS + 2 * BLOCK * KEYS,
+        ),
+        (
+            {"select": "blocks", "block_scores": np.zeros((1, 17)), "top_k": 1},
+            (OWN + "1 blocks outside", "1 of 17 blocks are taken, by the scores given"),
+            MEANS + 2 * BLOCK * KEYS,
+        ),
+        (
+            {"per": "group", "route": 1},
+            (
+                OWN + "18 keys outside, chosen by the query heads of a key head together",
+                "1 of 17 blocks are searched, by the means of their keys",
+            ),
+            MEANS + 2 * BLOCK * KEYS,
+        ),
+    ],
+)
+def test_a_selection_is_told_in_full(
+    options: dict[str, Any], steps: tuple[str, ...], products: int
+) -> None:
+    why = explain(sparse_attention, X, X, X, **options)
+    assert why.steps[:2] == steps
+    assert why.products == 4 * products
+
+
 def test_what_is_always_seen_and_who_chooses_together_is_told() -> None:
     options = {"select": "blocks", "per": "block", "always": Window(9, 0)}
     why = explain(sparse_attention, X, X, X, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_the_kernel_is_the_formula(lane: Lane, name: str) -> None:
     phi = read_map(make_map(name, D))
     got = lane.call(phi.kernel, x, y, dtype="float64")
     lane.check(got, expected, dtype="float64", within=C * D * eps("float64") * largest(expected))
+
+
+@pytest.mark.parametrize("name", [n for n in ALL_MAPS if n != "square"])
+def test_every_map_cites_a_paper_and_is_called_as_it_is_made(name: str) -> None:
+    phi = read_map(make_map(name, D))
+    assert re.search(r", (19|20)\d\d\b", phi.paper)
+    assert hasattr(feature_maps, phi.name)
+    assert repr(phi).startswith(phi.name)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in (*ALL_RANDOM, *BY_LANDMARKS)])
@@ -216,6 +225,11 @@ def test_maps_print_as_they_are_written() -> None:
             lambda d: feature_maps.laplacian(1.0, features="binning", bins=3, **d),
             ValueError,
             "bins: expected a power of two",
+        ),
+        (
+            lambda d: feature_maps.laplacian(1.0, features="binning", bins=512, **d),
+            ValueError,
+            "bins: expected a power of two from 2 to 256, got 512",
         ),
         (
             lambda d: feature_maps.laplacian(1.0, features="binning", bins=2.0, **d),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gates import CHUNKS, check_decayed, chunks_of, decayed_cases, decays
 from hypothesis import strategies as st
-from lanes import LANES, Lane, close
+from lanes import CHOSEN, Lane, close
 from laws import for_all
 from softmax import as_held
 from strategies import Case
@@ -22,7 +22,7 @@ eager = pytest.mark.lanes(
     "numpy", "numpy-readonly", "strict", "strict-device1", "torch", "torch-cuda", "cupy"
 )
 compiled = pytest.mark.lanes("jax-jit", "jax-gpu", "dask")
-other = [x for x in LANES if x.missing is None and x.name != "jax-jit"]
+other = [x for x in CHOSEN if x.missing is None and x.name != "jax-jit"]
 
 
 @eager

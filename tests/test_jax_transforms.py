@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import close
+from softmax import in_tiles
 from tolerance import output_error
 
 from arrattn import attention, linear_attention, local_attention, sparse_attention
@@ -45,6 +46,38 @@ def test_lengths_may_be_traced(family: str) -> None:
     traced = jax.jit(lambda n, *a: function(*a, kv_lengths=n, is_causal=True))
     got = traced(jnp.asarray(lengths), *map(jnp.asarray, (q, k, v)))
     close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+def test_tiles_are_scanned() -> None:
+    q, k, v = arrays(13)
+    qkv = np.concatenate([q, k], axis=1), k, v  # two query heads to a key head
+    got = in_tiles((4, 3))(*map(jnp.asarray, qkv), is_causal=True)
+    expected = attention(*qkv, is_causal=True)
+    close(np.asarray(got), expected, within=2 * output_error(*qkv, dtype="float64"))
+
+
+SHARED: dict[str, Any] = {
+    "mask": np.random.default_rng(1).random((12, 12)) < 0.8,
+    "kv_lengths": np.asarray([9, 12, 1]),
+    "segment_ids": np.arange(12) // 5,
+    "q_offset": np.asarray([0, 1, -1]),
+    "bias": np.random.default_rng(2).normal(size=(2, 12, 12)),
+    "sinks": np.asarray([0.3, -1.0]),
+}
+
+
+@pytest.mark.parametrize("family", ["dense", "local", "sparse"])
+@pytest.mark.parametrize("names", [*((x,) for x in SHARED), tuple(SHARED)], ids=",".join)
+def test_arrays_about_scores_and_visibility_may_be_traced(
+    family: str, names: tuple[str, ...]
+) -> None:
+    options = {n: SHARED[n] for n in names}
+    function, qkv = FAMILIES[family], arrays()
+    expected = np.asarray(function(*qkv, **options))
+    traced = jax.jit(lambda o, *a: function(*a, **o))
+    got = traced({n: jnp.asarray(x) for n, x in options.items()}, *map(jnp.asarray, qkv))
+    within = 2 * output_error(*qkv, dtype="float64", bias=options.get("bias"))
+    close(np.asarray(got), expected, within=within)
 
 
 @families

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,14 @@ import pytest
 from lanes import close
 from tolerance import C, eps, largest, output_error, score_error
 
-from arrattn import attention, set_num_threads
+from arrattn import (
+    attention,
+    delta_attention,
+    linear_attention,
+    local_attention,
+    set_num_threads,
+    sparse_attention,
+)
 from arrattn._core import jobs
 from arrattn._core.jobs import at_once
 from arrattn.patterns import (
@@ -292,11 +301,24 @@ def test_a_rule_may_call_an_attention_itself() -> None:
         np.testing.assert_array_equal(result, expected)
 
 
-def test_strict_floating_point_errors_of_the_caller_are_not_ours() -> None:
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "dense": attention,
+    "local": partial(local_attention, window=(3, 2)),
+    "sparse": sparse_attention,
+    "linear": linear_attention,
+    "decay": partial(linear_attention, log_decay=np.full((1, 1, 1), -700.0), is_causal=True),
+    "delta": partial(delta_attention, beta=np.ones((1, 1))),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strict_floating_point_errors_of_the_caller_are_not_ours(family: str) -> None:
     with np.errstate(all="raise"):
         for n in (8, 600):
             q, k, v = standard_normal(n)
-            attention(q * 100, k, v)
+            k[..., 1, :] = 1e-320
+            v[..., 1, :] = np.inf
+            FAMILIES[family](q * 100, k, v)
 
 
 @pytest.mark.parametrize(

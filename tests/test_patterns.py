@@ -35,9 +35,8 @@ def test_the_table_is_the_formula(lane: Lane, view: Any) -> None:
     sight, nq, nk, batch, offset = view
 
     def table(pattern: Any, offset: Any) -> Any:
-        xp = lane.namespace
-        device = None if lane.declared.name in ("numpy", "dask") else device_of(lane)
-        return pattern.table(nq, nk, q_offset=offset, xp=xp, device=device)
+        at = device_of(lane)
+        return pattern.table(nq, nk, q_offset=offset, xp=lane.namespace, device=at)
 
     got = lane.to_numpy(lane.call(table, sight, offset, dtype="float64"))
     truth = sight.table(nq, nk, batch, np.broadcast_to(offset, batch))
@@ -46,10 +45,11 @@ def test_the_table_is_the_formula(lane: Lane, view: Any) -> None:
 
 
 def device_of(lane: Lane) -> Any:
-    """The device of this lane's arrays."""
+    """The device of this lane's arrays, None where there is but one."""
     from array_api_compat import device
 
-    return device(lane.asarray(np.zeros(1)))
+    single = lane.declared.name in ("numpy", "dask")
+    return None if single else device(lane.asarray(np.zeros(1)))
 
 
 @given(view=views(), rows=st.integers(1, 6), cols=st.integers(1, 6))
@@ -71,6 +71,96 @@ def test_a_plan_covers_its_pattern(view: Any, rows: int, cols: int) -> None:
                 assert not tile.any()
             if merged[t, u] == FULL:
                 assert tile.all()
+
+
+EVERY_OTHER = np.arange(9).reshape(3, 3) % 2 == 0
+PRECISE = [
+    patterns.Causal(),
+    patterns.Window(2, 1),
+    patterns.Window(None, 2),
+    patterns.Window(3, None),
+    ~patterns.Window(2, 1),
+    patterns.Prefix(0),
+    patterns.Prefix(4),
+    patterns.Global(3),
+    patterns.Dilated(1, 2, 1),
+    patterns.Dilated(2, None, 1),
+    patterns.Dilated(3, 1, 2),
+    patterns.Strided(3),
+    patterns.Blocks(EVERY_OTHER, 3),
+    patterns.Blocks(~EVERY_OTHER, 2),
+    patterns.Segments(*(2 * [np.arange(9) // 4])),
+    patterns.Random(0, 0),
+    patterns.Random(2, 0, size=2),
+    patterns.Random(3, 1, size=2, keys=7),
+    patterns.Random(9, 0),
+    patterns.OwnBlock(3, 9),
+    patterns.OwnBlock(2, 5),
+]
+CAUTIOUS = [  # in some rectangle, part of which is seen for one reason and part for another
+    patterns.Fixed(3, 1),
+    patterns.Fixed(2, 2),
+    patterns.Fixed(4, 0),
+    patterns.Random(2, 0),
+    patterns.Causal() & patterns.Strided(2),
+    patterns.Window(1, 0) | patterns.Global(2),
+    patterns.Segments(*(2 * [np.arange(9) % 3])),
+]
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 4])
+@pytest.mark.parametrize(
+    ("pattern", "precise"),
+    [*((x, True) for x in PRECISE), *((x, False) for x in CAUTIOUS)],
+    ids=str,
+)
+def test_what_is_said_of_a_rectangle_holds_there(
+    pattern: patterns.Pattern, precise: bool, offset: int
+) -> None:
+    n = 9
+    lo, hi = np.array([(i, j) for i in range(n) for j in range(i + 1, n + 1)]).T
+    i0, i1, j0, j1 = lo[:, None], hi[:, None], lo[None, :], hi[None, :]
+    pattern = pattern.bound(n)
+    some, every = pattern.rectangles(Rectangles(i0, i1, i0 + offset, i1 + offset, j0, j1))
+    sums = np.pad(pattern.table(n, n, q_offset=offset).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    seen = sums[i1, j1] - sums[i0, j1] - sums[i1, j0] + sums[i0, j0]
+    all_of_it = seen == (i1 - i0) * (j1 - j0)
+    assert not (~np.asarray(some) & (seen > 0)).any(), "a visible pair is left out"
+    assert not (every & ~all_of_it).any(), "a hidden pair is taken for visible"
+    if precise:
+        assert not (some & (seen == 0)).any(), "nothing to look at is looked at"
+        assert not (~np.asarray(every) & all_of_it).any(), "what is full is not known to be"
+
+
+@pytest.mark.parametrize("pattern", [x for x in PRECISE + CAUTIOUS if x.uniform], ids=str)
+def test_a_table_is_the_same_on_every_library(lane: Lane, pattern: patterns.Pattern) -> None:
+    got = pattern.table(5, 9, q_offset=2, xp=lane.namespace, device=device_of(lane))
+    expected = pattern.table(5, 9, q_offset=2)
+    np.testing.assert_array_equal(lane.to_numpy(got), expected)
+
+
+SPANS = [
+    patterns.Causal(),
+    patterns.Window(2, 1),
+    patterns.Window(None, None),
+    patterns.Prefix(4),
+    patterns.Causal() & patterns.Prefix(3),
+    patterns.Prefix(6) & patterns.Window(1, 3),
+    patterns.Window(3, None) & patterns.Window(None, 1),
+    patterns.Window(1, None) & patterns.Window(2, 2) & patterns.Causal(),
+]
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 4])
+@pytest.mark.parametrize("pattern", SPANS, ids=str)
+def test_what_is_seen_is_one_span_each_way(pattern: patterns.Pattern, offset: int) -> None:
+    n = 9
+    pairs = TilePairs(0, n, 0, n, offset, xp=np, device=None)
+    table = pattern.table(n, n, q_offset=offset)
+    for span, x in ((pattern.key_span(pairs), pairs.j), (pattern.query_span(pairs), pairs.p)):
+        assert span is not None
+        lo, hi = (y if y is not None else x + d for y, d in zip(span, (0, 1), strict=True))
+        np.testing.assert_array_equal(np.broadcast_to((x >= lo) & (x < hi), (n, n)), table)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +385,24 @@ def test_patterns_do_not_change() -> None:
     assert pattern == patterns.Window(1, 2) != patterns.Window(1, 3)
     assert patterns.Strided(2) != patterns.Dilated(2, None, None)
     assert {patterns.Causal(), patterns.Causal()} == {patterns.Causal()}
+
+
+def test_different_patterns_have_different_hashes() -> None:
+    windows = [patterns.Window(left, right) for left in range(5) for right in range(5)]
+    others = [patterns.Causal(), patterns.Prefix(3), patterns.Global(3), patterns.Strided(3)]
+    assert len({hash(x) for x in [*windows, *others]}) == 29
+
+
+def test_patterns_are_equal_if_they_hold_the_same_arrays() -> None:
+    table = np.eye(3, dtype=bool)
+    pattern = patterns.Blocks(table, 2)
+    assert pattern == patterns.Blocks(table, 2)
+    with pytest.raises(TypeError, match="unhashable"):  # its table may change
+        hash(pattern)
+    assert pattern != patterns.Blocks(table.copy(), 2)
+    assert pattern != patterns.Blocks(table, 3)
+    assert patterns.Prefix(3) != patterns.Prefix(np.array([3, 3]))
+    assert patterns.Causal() & pattern == patterns.Causal() & patterns.Blocks(table, 2)
 
 
 def test_patterns_are_known_by_their_public_names() -> None:

@@ -99,12 +99,13 @@ def test_cauchy_frequencies_are_off_by_the_closed_form() -> None:
     assert np.all(np.abs(mean - cauchy_mse(x, y, M // 2)) <= SIGMAS * error)
 
 
-@pytest.mark.parametrize("bins", [2, 4])
+@pytest.mark.parametrize("bins", [2, 4, 256])
 def test_random_binning_is_off_by_the_closed_form(bins: int) -> None:
     x, y = pairs(0.3)
-    make = partial(laplacian, 1.0, **DRAWN, features="binning", bins=bins)
+    n = max(M, bins)
+    make = partial(laplacian, 1.0, dim=D, num_features=n, features="binning", bins=bins)
     mean, error = mean_and_error(squared_errors(make, x, y))
-    assert np.all(np.abs(mean - binning_mse(x, y, M // bins, bins)) <= SIGMAS * error)
+    assert np.all(np.abs(mean - binning_mse(x, y, n // bins, bins)) <= SIGMAS * error)
 
 
 @pytest.mark.parametrize("features", KINDS)

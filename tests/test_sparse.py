@@ -79,6 +79,20 @@ def test_many_blocks(
     agrees(lane, sparse_attention, reference.sparse_attention, case)
 
 
+@pytest.mark.parametrize("choice", [{"route": 3}, {"select": "blocks", "top_k": 4}], ids=str)
+@pytest.mark.parametrize(("nq", "nk"), [(200, 200), (65, 257)])
+def test_many_blocks_of_which_every_head_sees_something_else(
+    lane: Lane, choice: dict[str, Any], nq: int, nk: int
+) -> None:
+    rng = np.random.default_rng(2)
+    q, (k, v) = rng.normal(size=(4, nq, 8)), rng.normal(size=(2, 2, nk, 8))
+    mask = rng.random((4, nq, nk)) < 0.7
+    mask[:, 40:60] = True
+    agrees(
+        lane, sparse_attention, reference.sparse_attention, Case(q, k, v, {"mask": mask} | choice)
+    )
+
+
 @pytest.mark.parametrize("window", [(None, 0), (1, None)], ids=str)
 def test_the_mean_of_a_block_leaves_out_what_nobody_sees(
     lane: Lane, window: tuple[int | None, int | None]
@@ -177,9 +191,13 @@ def test_hidden_keys_are_never_chosen(lane: Lane, route: int | None) -> None:
         lane.check(got, np.ones((1, 12, 1)), dtype="float64", within=within)
 
 
-def test_the_choice_follows_the_sign_of_the_scale(lane: Lane) -> None:
+@pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "jax", "dask")  # jit adds nothing
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+@pytest.mark.parametrize("score", ["mean", "bound", "best"])
+def test_the_choice_follows_the_sign_of_the_scale(lane: Lane, score: str, per: str) -> None:
     rng = np.random.default_rng(5)
-    q, k, v = rng.normal(size=(3, 2, 24, 4))
+    q, (k, v) = rng.normal(size=(4, 24, 4)), rng.normal(size=(2, 2, 24, 4))
+    how = {"score": score, "per": per, "route": 2, "top_k": 3, "block_size": 4}
     for scale in (-0.5, 0.5):
-        case = Case(q, k, v, {"scale": scale, "route": 2, "top_k": 3, "block_size": 4})
+        case = Case(q, k, v, {"scale": scale} | how)
         agrees(lane, sparse_attention, reference.sparse_attention, case)

@@ -11,7 +11,7 @@ import sights
 from hypothesis import strategies as st
 from lanes import Lane, built
 from laws import for_all
-from softmax import as_held, check_pair, is_sparse
+from softmax import agrees, as_held, check_pair, in_rows, is_sparse
 from strategies import Case, cases
 from test_sparse import unambiguous
 from tolerance import output_error
@@ -55,11 +55,10 @@ def chosen_cases(draw: st.DrawFn) -> Case:
     return Case(case.q, case.k, case.v, case.options | options, case.how)
 
 
-@for_all(case=chosen_cases())
-def test_equals_the_reference(lane: Lane, case: Case) -> None:
-    got = lane.call(
-        sparse_attention, *case.arrays, dtype="float64", return_lse=True, **case.options
-    )
+@for_all(case=chosen_cases(), rows=st.sampled_from((None, 1, 4)))
+def test_equals_the_reference(lane: Lane, case: Case, rows: int | None) -> None:
+    attend = in_rows(rows) if rows else sparse_attention
+    got = lane.call(attend, *case.arrays, dtype="float64", return_lse=True, **case.options)
     expected = reference.sparse_attention(
         *case.arrays, return_lse=True, **built(case.options, lambda x: x)
     )
@@ -67,6 +66,30 @@ def test_equals_the_reference(lane: Lane, case: Case) -> None:
     selection = lane.to_numpy(got[2])
     assert selection.dtype.kind == "i"
     assert np.array_equal(selection, expected[2]), (selection, expected[2])
+
+
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("offset", [-2, 7, 17])
+def test_queries_may_begin_inside_a_block(lane: Lane, per: str, rows: int, offset: int) -> None:
+    rng = np.random.default_rng(12)
+    q, (k, v) = rng.normal(size=(2, 13, 4)), rng.normal(size=(2, 1, 24, 4))
+    options = {"per": per, "block_size": 4, "top_k": 40, "window": (1, 1), "q_offset": offset}
+    agrees(lane, in_rows(rows), reference.sparse_attention, Case(q, k, v, options))
+
+
+@pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "jax", "dask")  # jit adds nothing
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 1), (1, 13), (2, 1), (4, 13)])
+def test_scores_of_blocks_may_be_given_in_any_shape(
+    lane: Lane, per: str, heads: int, rows: int
+) -> None:
+    rng = np.random.default_rng(13)
+    q, (k, v) = rng.normal(size=(4, 13, 4)), rng.normal(size=(2, 2, 24, 4))
+    given = rng.integers(-9, 9, (heads, rows, 6)).astype(float)
+    options = {"block_scores": given, "per": per, "block_size": 4, "top_k": 2, "select": "blocks"}
+    for attend in (sparse_attention, in_rows(4)):
+        agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
 
 
 def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.ndarray[Any, Any]:

@@ -69,7 +69,11 @@ class Pattern:
         self.__setattr__(name, None)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        if type(self) is not type(other):
+            return False
+        parts = zip(vars(self).values(), vars(other).values(), strict=True)
+        # An array equals itself alone, whatever it holds.
+        return all(a is b or (not (is_array(a) or is_array(b)) and a == b) for a, b in parts)
 
     def __hash__(self) -> int:
         return hash((type(self), *vars(self).values()))
