@@ -14,12 +14,22 @@ from arrattn import (
     reference,
     sparse_attention,
 )
+from arrattn._core import tiles
 from arrattn.patterns import Prefix, Segments
 
 
 def draw(*shapes: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.normal(size=shape) for shape in shapes]
+
+
+def test_a_range_may_start_where_only_an_array_tells() -> None:
+    (x,) = draw((2, 5, 3))
+    for start in range(6):
+        got = tiles.take_range(x, np.asarray(start), 3, axis=-2, xp=np)
+        assert np.array_equal(got, x[:, np.minimum(np.arange(start, start + 3), 4)])
+        alike = tiles.take_range(x[:, :1], np.asarray(start), 3, axis=-2, xp=np)
+        assert np.array_equal(alike, x[:, :1])
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32", "uint64", "int32"])
