@@ -364,6 +364,8 @@ def best_indices(s: Array, may: Array, k: int, none: int, *, xp: Namespace) -> A
 
 def _best_few(s: Array, may: Array, k: int, none: int) -> Array:
     """The same for NumPy: what reaches the `k`-th of a row, found by sorting it."""
+    if k == 0:
+        return np.empty((*may.shape[:-1], 0), np.int64)
     m = s.shape[-1]
     s = np.where(may, s, -math.inf).reshape(-1, m).astype(s.dtype, copy=False)
     if np.isnan(s.sum()):
