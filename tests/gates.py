@@ -12,11 +12,12 @@ from lanes import Lane
 from softmax import as_held
 from strategies import Case, broadcast, id_arrays, over_batch, shapes, values
 from sums import MAPS, linear_errors, make_map, options_of
-from tolerance import C, accumulation, eps, longest
+from tolerance import accumulation
 
 from arrattn import DeltaState, LinearState, delta_attention, linear_attention, reference
 from arrattn._core import gated
 from arrattn.feature_maps._read import read_map
+from arrattn.testing.bounds import delta_errors
 
 CHUNKS = st.sampled_from((1, 2, 4, 32))
 DECAYS = ("mixed", "slow", "fast", "none", "sudden")
@@ -167,18 +168,3 @@ def check_delta(lane: Lane, case: Case, *, dtype: str = "float64") -> None:
     lane.check(got[0], expected[0], dtype=dtype, within=within)
     for a, b in zip(got[1], expected[1], strict=True):
         lane.check(a, b, dtype=accumulation(dtype), within=state_within)
-
-
-def delta_errors(case: Case, dtype: str, out: np.ndarray[Any, Any]) -> tuple[Any, float]:
-    """
-    How far output and memory may be off.
-
-    With keys of length 1 and `beta` up to 1 a step never enlarges an error, and makes one of
-    the size of the memory and the value; the memory holds no more than what was written.
-    """
-    n, state = case.lengths[1], case.options.get("initial_state")
-    written = longest(case.v) * n + (0.0 if state is None else longest(state.S.swapaxes(-1, -2)))
-    memory = C * eps(accumulation(dtype)) * (1 + n) * written * max(1.0, longest(case.k)) ** 2
-    within = abs(case.options.get("scale", 1.0)) * longest(case.q) * memory
-    rounding = eps(dtype) * np.abs(out) if dtype != accumulation(dtype) else 0.0
-    return within + rounding, memory

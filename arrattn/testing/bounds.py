@@ -1,4 +1,4 @@
-"""How far linear attention may lie from its reference: forward error of sums of products."""
+"""How far linear and delta attention may be off: forward errors of sums of products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arrattn.feature_maps._read import read_map
 from arrattn.testing.case import Case
 from arrattn.testing.tolerance import C, accumulation, eps, largest, longest
 
-__all__ = ["case_errors", "exponent", "linear_errors"]
+__all__ = ["case_errors", "delta_errors", "exponent", "linear_errors"]
 
 Host = np.ndarray[Any, Any]
 
@@ -123,6 +123,35 @@ def linear_errors(
     if dtype != accumulation(dtype):
         within = within + eps(dtype) * np.abs(out)
     return within, unit * after.S, unit * after.z
+
+
+def delta_errors(case: Any, dtype: str, out: Host) -> tuple[Any, float]:
+    """
+    How far output and memory of the delta rule may be off.
+
+    With keys of length 1 or less and `beta` up to 1 a step never enlarges an error, and makes
+    one of the size of the memory and the value; the memory holds no more than what was written.
+
+    Parameters
+    ----------
+    case : Case
+        The call, or what has its arrays, lengths and options.
+    dtype : str
+        The dtype whose rounding counts.
+    out : array
+        The exact output.
+
+    Returns
+    -------
+    tuple of (array, float)
+        The two bounds.
+    """
+    n, state = case.lengths[1], case.options.get("initial_state")
+    written = longest(case.v) * n + (0.0 if state is None else longest(state.S.swapaxes(-1, -2)))
+    memory = C * eps(accumulation(dtype)) * (1 + n) * written * max(1.0, longest(case.k)) ** 2
+    within = abs(case.options.get("scale", 1.0)) * longest(case.q) * memory
+    rounding = eps(dtype) * np.abs(out) if dtype != accumulation(dtype) else 0.0
+    return within + rounding, memory
 
 
 def exponent(phi: FeatureMap, q: Host, k: Host) -> float:

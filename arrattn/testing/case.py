@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from arrattn import feature_maps
-from arrattn._state import LinearState
+from arrattn._state import DeltaState, LinearState
 from arrattn.testing import sights
 
 __all__ = ["Case", "NamedMap", "squares"]
@@ -210,12 +210,38 @@ class Case:
         options = {n: x for n, x in self.options.items() if n not in names}
         return replace(self, options=options)
 
+    def per_key(self, change: Callable[[Host], Host]) -> Case:
+        """
+        The same call with something done to all that comes key by key.
+
+        Parameters
+        ----------
+        change : callable
+            What is done to `k`, `v`, `beta` and `log_decay`, each as (..., Hkv, Nk, width).
+
+        Returns
+        -------
+        Case
+            A copy.
+        """
+        gates: dict[str, Any] = {}
+        if "beta" in self.options:
+            gates["beta"] = change(self.options["beta"][..., None])[..., 0]
+        if "log_decay" in self.options:
+            gates["log_decay"] = change(self.options["log_decay"])
+        return self.but(k=change(self.k), v=change(self.v), **gates)
+
+    @property
+    def causal(self) -> Case:
+        """The same call, causal; the delta rule always is, and is not told so."""
+        return self if "beta" in self.options else self.but(is_causal=True)
+
     @property
     def meant(self) -> dict[str, Any]:
         """The options for the defining equation in NumPy."""
         d = self.q.shape[-1]
         options = built(self.options, d)
-        if self.top_left and "feature_map" not in options:
+        if self.top_left and not {"feature_map", "beta"} & set(options):
             options.setdefault("q_offset", 0)
         return options
 
@@ -233,7 +259,7 @@ class Case:
         default = 0 if self.top_left else lengths - nq
         offset = np.broadcast_to(o.get("q_offset", default), batch)
         given = [sights.prefix(np.asarray(lengths)) if batch else sights.prefix(int(lengths))]
-        if o.get("is_causal"):
+        if o.get("is_causal") or "beta" in o:
             given.append(sights.causal())
         if o.get("window") is not None:
             given.append(sights.window(*o["window"]))
@@ -277,8 +303,8 @@ def built(options: Mapping[str, Any], dim: int) -> dict[str, Any]:
 
 def brief(x: Any) -> str:
     """Small arrays in full, large ones by shape."""
-    if isinstance(x, LinearState):
-        return f"LinearState({brief(x.S)}, {brief(x.z)})"
+    if isinstance(x, LinearState | DeltaState):
+        return f"{type(x).__name__}({', '.join(map(brief, x))})"
     if isinstance(x, tuple):
         return "(" + ", ".join(map(brief, x)) + ")"
     if not isinstance(x, np.ndarray):

@@ -33,6 +33,10 @@ ARGUMENTS = {
         *VISIBILITY["linear"],
         *("feature_map", "normalize", "scale", "initial_state", "return_state", "log_decay"),
     ),
+    "delta": (
+        *VISIBILITY["delta"],
+        *("beta", "scale", "initial_state", "return_state", "log_decay"),
+    ),
 }
 
 #: How often a failing example is tried in smaller forms.
@@ -158,7 +162,7 @@ def check(
         (or of the function of its family) that it supports.
     xp : module or str, default: "numpy"
         The library whose arrays it takes.
-    laws : {"dense", "local", "sparse", "linear"} or sequence of str, optional
+    laws : {"dense", "local", "sparse", "linear", "delta"} or sequence of str, optional
         All laws of a family, or laws by name. Default: those of the family that the
         keyword arguments tell.
     layout : {"bhnd", "bnhd"}, default: "bhnd"

@@ -33,6 +33,8 @@ SMALL = np.asarray(
 )
 WHOLE = np.asarray([0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0])
 TINY = {"float64": 2.0**-1060, "float32": 2.0**-135, "float16": 2.0**-18, "bfloat16": 2.0**-128}
+BETAS = np.asarray([1.0, 0.5, 0.0, 0.25, 0.75])
+LOG_DECAYS = np.asarray([0.0, -0.5, -0.25, -4.0])
 SIDES = (0, 1, 2, 4, None, 40)
 
 
@@ -104,6 +106,26 @@ def shapes(
     if "broadcast" not in without and draw(FLIP):
         a, b, c = (broadcast(draw, batch, drop=free) for _ in "qkv")
     return (*a, hq, nq, d), (*b, hkv, nk, d), (*c, hkv, nk, dv)
+
+
+def shorten(dim: int, kind: str) -> float:
+    """The power of 2 that makes every vector of this many such numbers no longer than 1."""
+    longest = math.sqrt(max(dim, 1)) * {"tied": 1.0, "large": 64.0}.get(kind, 2.0)
+    return 2.0 ** -math.ceil(math.log2(longest))
+
+
+def gates(draw: Draw, case: Case, without: Collection[str] = ()) -> dict[str, Any]:
+    """How much each token of the delta rule writes, how the memory fades, and the scale."""
+    heads, batch = case.v.shape[-3:-2], case.batch if case.v.ndim > 2 else ()
+    lead = (*(batch if "broadcast" in without else broadcast(draw, batch)), *heads)
+    shape = (*lead, case.lengths[1])
+    options: dict[str, Any] = {"beta": BETAS[ints(draw, shape, len(BETAS))]}
+    if "log_decay" not in without and draw(FLIP):
+        width = draw(one_of(1, case.k.shape[-1]))
+        options["log_decay"] = LOG_DECAYS[ints(draw, (*shape, width), len(LOG_DECAYS))]
+    if "scale" not in without and draw(FLIP):
+        options["scale"] = draw(one_of(0.5, *(() if "any scale" in without else (-2.0,))))
+    return options
 
 
 def window(draw: Draw) -> tuple[int | None, int | None]:

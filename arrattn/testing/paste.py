@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from arrattn._state import LinearState
+from arrattn._state import DeltaState, LinearState
 from arrattn.testing.case import NamedMap
 from arrattn.testing.sights import Sight
 from arrattn.testing.subject import Subject
@@ -46,8 +46,10 @@ class Call:
         Positional arguments, in the function's layout.
     keywords : dict
         Keyword arguments, the function's own.
-    lse, state : bool
-        What comes beside the output.
+    lse : bool
+        Whether the log-sum-exp comes beside the output.
+    state : str
+        The names of the arrays of the state that comes beside the output.
     dim : int
         The width of queries and keys.
     weights : array, optional
@@ -61,7 +63,7 @@ class Call:
     arrays: list[Host]
     keywords: dict[str, Any]
     lse: bool
-    state: bool
+    state: str
     dim: int
     weights: Host | None = None
     sent: list[Any] = field(default_factory=list)
@@ -119,10 +121,10 @@ class _Writer:
     def option(self, name: str, x: Any, call: Call) -> str:
         if isinstance(x, np.ndarray):
             return self.array(name, x, call.dtype)
-        if isinstance(x, LinearState):
+        if isinstance(x, LinearState | DeltaState):
             dtype = accumulation(call.dtype)
-            parts = (self.array(n, y, dtype) for n, y in zip("Sz", x, strict=True))
-            return f"arrattn.LinearState({', '.join(parts)})"
+            parts = (self.array(n, y, dtype) for n, y in zip(x._fields, x, strict=True))
+            return f"arrattn.{type(x).__name__}({', '.join(parts)})"
         if isinstance(x, tuple):
             return "(" + ", ".join(self.option(name, y, call) for y in x) + ")"
         if isinstance(x, Sight):
@@ -145,7 +147,7 @@ class _Writer:
         elif call.state:
             self.lines.append(f"{name}, state = {text}")
             self.lines.append(f"{name} = host({name})")
-            self.lines.append(f"{name}_S, {name}_z = host(state.S), host(state.z)")
+            self.lines += [f"{name}_{n} = host(state.{n})" for n in call.state]
         else:
             self.lines += [f"{name}_raw = {text}", f"{name} = host({name}_raw)"]
         if self.subject.layout == "bnhd":

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from arrattn._state import LinearState
+from arrattn._state import DeltaState, LinearState
 from arrattn.testing import paste
-from arrattn.testing.bounds import case_errors
+from arrattn.testing.bounds import case_errors, delta_errors
 from arrattn.testing.case import Case, NamedMap
 from arrattn.testing.sights import Sight
 from arrattn.testing.subject import Subject
@@ -59,7 +59,7 @@ class Outcome:
     lse : Value
         The log-sum-exp, shape (..., Hq, Nq), where it was asked for.
     S, z : Value
-        The state of linear attention, where it was asked for.
+        The state of linear attention, or the memory of the delta rule, where it was asked for.
     """
 
     out: Value
@@ -137,7 +137,9 @@ class Run:
     def _record(self, name: str, case: Case) -> paste.Call:
         arrays = [self._laid_out(x) for x in case.arrays]
         keywords = dict(case.options)
-        lse, state = bool(keywords.get("return_lse")), bool(keywords.get("return_state"))
+        lse = bool(keywords.get("return_lse"))
+        state = {"linear": "Sz", "delta": "S"}.get(self.subject.family, "")
+        state = state if keywords.get("return_state") else ""
         if self.subject.translate is not None:
             arrays, keywords = self.subject.translate(*arrays, **keywords)
         call = paste.Call(name, case.dtype, list(arrays), keywords, lse, state, case.q.shape[-1])
@@ -158,8 +160,8 @@ class Run:
         def move(x: Any, dtype: str = call.dtype) -> Any:
             if isinstance(x, np.ndarray):
                 return self.subject.library.asarray(x, dtype)
-            if isinstance(x, LinearState):
-                return LinearState(*(move(y, accumulation(dtype)) for y in x))
+            if isinstance(x, LinearState | DeltaState):
+                return type(x)(*(move(y, accumulation(dtype)) for y in x))
             if isinstance(x, tuple):
                 return tuple(move(y) for y in x)
             if isinstance(x, Sight):
@@ -207,8 +209,8 @@ class Run:
         outcome = Outcome(read(name, out), out)
         if call.lse:
             outcome.lse = read(f"{name}_lse", second)
-        if call.state:
-            outcome.S, outcome.z = (Value(f"{name}_{n}", host(getattr(second, n))) for n in "Sz")
+        for n in call.state:
+            setattr(outcome, n, Value(f"{name}_{n}", host(getattr(second, n))))
         return outcome
 
     # -- Finding ------------------------------------------------------------------------------
@@ -319,7 +321,7 @@ class Run:
         case : Case
             The call.
         out : array, optional
-            The exact output, which the error of linear attention depends on.
+            The exact output, which the error of a sum that is not a mean depends on.
 
         Returns
         -------
@@ -329,6 +331,8 @@ class Run:
         dtype = self.subject.measured(case.dtype)
         if self.subject.family == "linear":
             return case_errors(case, dtype, np.zeros(()) if out is None else out)[0]
+        if self.subject.family == "delta":
+            return delta_errors(case, dtype, np.zeros(()) if out is None else out)[0]
         return output_error(*case.arrays, dtype=dtype, **case.scores)
 
     def score_bound(self, case: Case) -> float:

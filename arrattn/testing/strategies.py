@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from arrattn._state import LinearState
+from arrattn._state import DeltaState, LinearState
 from arrattn.feature_maps._read import read_map
 from arrattn.testing import draws
 from arrattn.testing.case import Case, NamedMap
@@ -49,6 +49,7 @@ VISIBILITY = {
     "local": SOFTMAX_VISIBILITY,
     "sparse": SOFTMAX_VISIBILITY,
     "linear": ("is_causal", "key_mask", "kv_lengths", "segment_ids"),
+    "delta": ("key_mask", "kv_lengths", "segment_ids"),
 }
 
 #: Kinds of numbers, the most usual more often.
@@ -227,9 +228,10 @@ def cases(
 
     Parameters
     ----------
-    family : {"dense", "local", "sparse", "linear"}, default: "dense"
+    family : {"dense", "local", "sparse", "linear", "delta"}, default: "dense"
         Whose arguments there are: local has a window, sparse its sizes and scores that
-        are exact in any order of summing, linear a feature map.
+        are exact in any order of summing, linear a feature map, delta keys no longer than 1
+        and its gates.
     without : collection of str, default: ()
         Capabilities and keyword arguments to do without.
     dtypes : sequence of str, default: ("float64",)
@@ -260,11 +262,12 @@ def cases(
     """
     q_shape, k_shape, v_shape = shape or draws.shapes(draw, without, equal=equal, few=few)
     dtype = draw(one_of(*dtypes))
-    sparse = family == "sparse"
+    sparse, delta = family == "sparse", family == "delta"
     kind = "whole" if sparse else draw(one_of(*kinds))
     case = Case(
         draws.numbers(draw, q_shape, kind, dtype),
-        draws.numbers(draw, k_shape, kind, dtype) * (60.0 if sparse else 1.0),
+        draws.numbers(draw, k_shape, kind, dtype)
+        * (60.0 if sparse else draws.shorten(k_shape[-1], kind) if delta else 1.0),
         draws.numbers(draw, v_shape, "tied" if kind == "tied" else "plain"),
         how=f"{kind} values",
         dtype=dtype,
@@ -277,9 +280,11 @@ def cases(
         names = [n for n in names if n != "window"]
     if family == "linear" and "feature_map" not in without:
         options["feature_map"] = draw(one_of(*maps))
+    if delta:
+        options |= draws.gates(draw, case, without)
     most = 1 if "combine" in without else most
     options |= draws.visibility(draw, case, names, least=least, most=most, without=without)
-    if family != "linear":
+    if family not in {"linear", "delta"}:
         allowed = [n for n in scoring if n not in without]
         options |= draws.scores(draw, case, allowed, without=without)
     if sparse:
@@ -304,7 +309,7 @@ def _make_exact(options: dict[str, Any], without: Collection[str]) -> None:
         options["scale"] = math.copysign(2.0**-7, options.get("scale", 1.0))
 
 
-def states(case: Case) -> st.SearchStrategy[LinearState]:
+def states(case: Case) -> st.SearchStrategy[LinearState | DeltaState]:
     """
     Draw a state as a past of a few tokens might leave it.
 
@@ -315,11 +320,13 @@ def states(case: Case) -> st.SearchStrategy[LinearState]:
 
     Returns
     -------
-    strategy of LinearState
+    strategy of LinearState, or of DeltaState
         In NumPy.
     """
     d = case.q.shape[-1]
-    width = read_map(case.meant.get("feature_map", MAPS[0].build(d))).output_dim(d)
     lead = (*case.batch, *(case.heads[1:] if case.q.ndim > 2 else ()))
+    if "beta" in case.options:
+        return st.builds(DeltaState, arrays((*lead, d, case.v.shape[-1])))
+    width = read_map(case.meant.get("feature_map", MAPS[0].build(d))).output_dim(d)
     S = arrays((*lead, width, case.v.shape[-1]))
     return st.builds(LinearState, S, arrays((*lead, width)).map(np.abs))

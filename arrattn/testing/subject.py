@@ -11,7 +11,7 @@ from arrattn.testing.arrays import ArrayLibrary
 
 __all__ = ["CAPABILITIES", "CHOICES", "FAMILIES", "Subject", "family_of", "read_lacks"]
 
-FAMILIES = ("dense", "local", "sparse", "linear")
+FAMILIES = ("dense", "local", "sparse", "linear", "delta")
 
 #: What a function may lack, beside keyword arguments.
 CAPABILITIES = {
@@ -49,7 +49,7 @@ class Subject:
     library : ArrayLibrary
         Whose arrays it takes.
     family : str
-        One of dense, local, sparse and linear.
+        One of dense, local, sparse, linear and delta.
     layout : str, default: "bhnd"
         The order of its axes; "bnhd" has positions before heads.
     dtypes : tuple of str, default: ("float64", "float32")
@@ -152,12 +152,14 @@ def family_of(function: Callable[..., Any]) -> str:
     Returns
     -------
     str
-        linear with `feature_map`, sparse with `top_k`, local where `window` has to be
-        given, and dense otherwise.
+        linear with `feature_map`, delta with `beta`, sparse with `top_k`, local where
+        `window` has to be given, and dense otherwise.
     """
     names, _ = parameters(function)
     if "feature_map" in names:
         return "linear"
+    if "beta" in names:
+        return "delta"
     if "top_k" in names:
         return "sparse"
     if "window" in names:

@@ -19,7 +19,7 @@ class Exhibit:
     name : str
         Of the class that gets it wrong.
     family : str
-        "dense", "local", "sparse" or "linear".
+        "dense", "local", "sparse", "linear" or "delta".
     note : str
         What is wrong, and what comes of it.
     seen : str

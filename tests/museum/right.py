@@ -38,7 +38,7 @@ def over_batch(x: Any) -> Array:
 
 
 class Attention:
-    """What all four families share: options, dtypes, heads, positions."""
+    """What all families share: options, dtypes, heads, positions."""
 
     __signature__: inspect.Signature
 

@@ -14,8 +14,10 @@ from softmax import agrees
 from strategies import Case, cases, windows
 from sums import linear_cases, linear_errors, options_of
 
-from arrattn import LinearState, attention, feature_maps, reference
+from arrattn import DeltaState, LinearState, attention, feature_maps, reference
 from arrattn.patterns import Global, Window
+from arrattn.testing import strategies
+from arrattn.testing.bounds import delta_errors
 from museum import EXHIBITS, RIGHT, Exhibit
 from museum.gradients import Differentiable
 from museum.right import Array
@@ -52,6 +54,18 @@ def test_linear(lane: Lane, case: Case) -> None:
     errors = linear_errors(case, "float64", expected)
     for got, want, within in zip((out, *state), (expected, *after), errors, strict=True):
         close(got, want, within=within)
+
+
+@on_numpy
+@for_all(case=strategies.cases("delta", sees=("key_mask", "kv_lengths", "segment_ids")))
+def test_delta(lane: Lane, case: Any) -> None:
+    out, state = RIGHT["delta"](*case.arrays, **case.options, return_state=True)
+    expected = reference.delta_attention(*case.arrays, **case.options)
+    within, state_within = delta_errors(case, "float64", expected)
+    close(out, expected, within=within)
+    if "segment_ids" not in case.options:
+        _, after = reference.delta_attention(*case.arrays, **case.options, return_state=True)
+        close(state.S, after.S, within=state_within)
 
 
 def test_linear_with_decay() -> None:
@@ -133,6 +147,15 @@ LINEAR: list[dict[str, Any]] = [
     {"feature_map": None, "initial_state": STATE},
     {"is_causal": True, "initial_state": STATE, "log_decay": -RNG.random((1, 9, 1))},
 ]
+MEMORY = DeltaState(STATE.S)
+BETA, FADING = RNG.random((2, 2, 9)), -RNG.random((2, 2, 9, 4))
+DELTA: list[dict[str, Any]] = [
+    {"beta": BETA},
+    {"beta": BETA, "log_decay": FADING, "initial_state": MEMORY, "return_state": True},
+    {"beta": BETA, "log_decay": FADING, "key_mask": THERE},
+    {"beta": BETA, "kv_lengths": LENGTHS},
+    {"beta": BETA, "segment_ids": IDS, "scale": 0.3},
+]
 
 
 def calls_of(family: str) -> list[tuple[tuple[Array, ...], dict[str, Any]]]:
@@ -143,6 +166,10 @@ def calls_of(family: str) -> list[tuple[tuple[Array, ...], dict[str, Any]]]:
         return [(x, o | c) for x, o in CALLS for c in CHOICES]
     if family == "dense":
         return [(x, o | {"return_lse": True}) for x, o in CALLS]
+    if family == "delta":
+        found = [((Q, x, V), o) for o in DELTA for x in (K / 4, with_last(K / 4, np.nan))]
+        nine = np.concatenate([Q, Q[..., :3, :]], axis=-2)
+        return [*found, ((nine, K / 4, V), {"beta": BETA, "segment_ids": np.arange(9) % 2})]
     scaled = [(Q, K, V), (Q, 40 * K, V), (Q, 0.01 * K, with_last(V, np.nan))]
     half = tuple(x.astype(np.float16) for x in LONG)
     return [(x, o | {"return_state": True}) for o in LINEAR for x in scaled] + [(half, {})]

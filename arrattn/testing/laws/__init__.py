@@ -2,6 +2,7 @@
 
 from arrattn.testing.laws import (
     agreement,
+    delta,
     gradients,
     heads,
     hidden,
@@ -20,6 +21,7 @@ __all__ = [
     "LAWS",
     "Law",
     "agreement",
+    "delta",
     "gradients",
     "heads",
     "hidden",

@@ -23,6 +23,7 @@ EQUATIONS: dict[str, Callable[..., Any]] = {
     "local": reference.local_attention,
     "sparse": reference.sparse_attention,
     "linear": reference.linear_attention,
+    "delta": reference.delta_attention,
 }
 SCORING = ("scale", "softcap", "bias", "sinks")
 

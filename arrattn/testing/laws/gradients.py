@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from arrattn.testing.case import Case
 from arrattn.testing.laws.given import MODEST, SEES, calls, means
 from arrattn.testing.laws.hidden import hidden_from_all, spoiled
-from arrattn.testing.laws.registry import law
+from arrattn.testing.laws.registry import MEANS, law
 from arrattn.testing.run import Run
 from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import C, accumulation, eps, longest
@@ -52,6 +52,7 @@ def bound(run: Run, case: Case) -> float:
     "sum_j do_ic / dv_jc = 1: the gradients of v sum to the weights of the rows that see a key",
     source="C5: o is linear in v with weights that sum to 1",
     given=lambda s: means(s, avoid=("broadcast", "empty"), sees=SEES, kinds=MODEST),
+    families=MEANS,
     needs=NEEDS,
     most=60,
 )
@@ -142,6 +143,7 @@ def gradients_balance(run: Run, case: Case) -> None:
     "dq, dk and dv are those of the defining equation",
     source="C8; Baydin et al. 2018, arXiv:1502.05767",
     given=lambda s: some(s, scoring=("scale",)),
+    families=MEANS,
     needs=NEEDS,
     most=60,
 )

@@ -29,7 +29,7 @@ def heads_are_grouped(run: Run, case: Case) -> None:
     if case.q.ndim == 2:
         return
     hq, hkv = case.heads
-    each = case.but(**{n: np.repeat(getattr(case, n), hq // hkv, -3) for n in "kv"})
+    each = case.per_key(lambda x: np.repeat(x, hq // hkv, -3))
     a, b = run("grouped", case), run("repeated", each)
     run.same(a.out, b.out, near(run, (case, a), (each, b)), of=case)
 
@@ -46,7 +46,8 @@ def heads_are_independent(run: Run, case: Case, h: int) -> None:
     if case.q.ndim == 2:
         return
     h %= case.heads[0]
-    alone = case.but(**{n: getattr(case, n)[..., h : h + 1, :, :] for n in "qkv"})
+    head = (..., slice(h, h + 1), slice(None), slice(None))
+    alone = case.per_key(lambda x: x[head]).but(q=case.q[head])
     a, b = run("all", case), run("alone", alone)
     within = 2 * np.asarray(near(run, (alone, b)))
     run.same(a.out[..., h : h + 1, :, :], b.out, within, of=alone)
@@ -68,7 +69,7 @@ def batch_items_are_independent(run: Run, case: Case, b: int) -> None:
     for x in spoiled.values():
         x[others] = np.nan
     packed = case.but(**spoiled)
-    alone = case.but(**{n: getattr(case, n)[b : b + 1] for n in "qkv"})
+    alone = case.per_key(lambda x: x[b : b + 1]).but(q=case.q[b : b + 1])
     whole, one = run("whole", packed), run("alone", alone)
     run.same(whole.out[b : b + 1], one.out, 2 * near(run, (alone, one)), of=alone)
 
@@ -101,7 +102,8 @@ def batch_axes_broadcast(run: Run, case: Case) -> None:
 )
 def no_head_axis_is_one_head(run: Run, case: Case) -> None:
     if case.q.ndim > 2:
-        case = case.but(**{n: getattr(case, n)[(0,) * (case.q.ndim - 2)] for n in "qkv"})
-    one = case.but(**{n: getattr(case, n)[None] for n in "qkv"})
+        first = (0,) * (case.q.ndim - 2)
+        case = case.per_key(lambda x: x[first]).but(q=case.q[first])
+    one = case.per_key(lambda x: x[None]).but(q=case.q[None])
     a, b = run("flat", case), run("one", one)
     run.same(a.out, b.out[0], near(run, (case, a), (case, a)), of=case)

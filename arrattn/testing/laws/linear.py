@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from arrattn import reference
-from arrattn._state import LinearState
-from arrattn.testing.bounds import case_errors
+from arrattn._state import DeltaState, LinearState
+from arrattn.testing.bounds import case_errors, delta_errors
 from arrattn.testing.case import Case, NamedMap
 from arrattn.testing.laws.given import MODEST, POSITIVE, calls, near
 from arrattn.testing.laws.registry import law
@@ -25,50 +26,64 @@ Host = np.ndarray[Any, Any]
 LINEAR = ("linear",)
 
 
-def with_state(subject: Subject, **how: Any) -> st.SearchStrategy[tuple[Case, LinearState]]:
+State = LinearState | DeltaState
+
+
+def with_state(subject: Subject, **how: Any) -> st.SearchStrategy[tuple[Case, State]]:
     """Calls, and a state that goes into them."""
     drawn = calls(subject, avoid=("broadcast",), **how)
     return drawn.flatmap(lambda case: st.tuples(st.just(case), states(case)))
 
 
-def state_errors(run: Run, case: Case, whole: Outcome) -> tuple[Any, Any]:
+def cut(case: Case, tokens: Any) -> Case:
+    """The call on some of its tokens, queries and keys alike."""
+    return case.per_key(lambda x: x[..., tokens, :]).but(q=case.q[..., tokens, :])
+
+
+def state_errors(run: Run, case: Case, out: Host) -> tuple[Any, ...]:
     """How far the state may be off."""
-    _, S, z = case_errors(case, run.subject.measured(case.dtype), whole.out.array)
-    return S, z
+    errors = delta_errors if run.subject.family == "delta" else case_errors
+    return errors(case, run.subject.measured(case.dtype), out)[1:]
 
 
-def same_state(run: Run, got: Outcome, due: Any, errors: tuple[Any, Any]) -> None:
+def state_of(case: Case, outcome: Outcome) -> State:
+    """The state that came out, to go in again."""
+    if "beta" in case.options:
+        return DeltaState(outcome.S.array)
+    return LinearState(outcome.S.array, outcome.z.array)
+
+
+def same_state(run: Run, got: Outcome, due: Sequence[Any], errors: Sequence[Any]) -> None:
     """Require a state."""
-    run.same(got.S, due[0], errors[0])
-    run.same(got.z, due[1], errors[1])
+    for found, expected, within in zip((got.S, got.z), due, errors, strict=False):
+        run.same(found, expected, within)
 
 
 @law(
     "state-hands-over",
     "tokens in any parts, each started from the state of the one before, are the whole run",
-    source="Katharopoulos et al. 2020, arXiv:2006.16236: S_t = S_{t-1} + phi(k_t) v_t^T",
+    source="Katharopoulos et al. 2020, arXiv:2006.16236: S_t depends on S_{t-1} and token t",
     given=lambda s: st.tuples(
         calls(s, avoid=("broadcast",), equal=True), st.integers(0, 8), st.integers(0, 8)
     ),
-    families=LINEAR,
+    families=(*LINEAR, "delta"),
     needs=("is_causal", "initial_state", "return_state"),
 )
 def state_hands_over(run: Run, case: Case, a: int, b: int) -> None:
-    n, case = case.lengths[1], case.but(is_causal=True, return_state=True)
+    n, case = case.lengths[1], case.causal.but(return_state=True)
     ends = sorted({0, a % (n + 1), b % (n + 1), n})
     whole = run("whole", case)
-    state: LinearState | None = None
+    state: State | None = None
     parts: list[Outcome] = []
     for start, stop in pairwise(ends):
-        tokens = {name: getattr(case, name)[..., start:stop, :] for name in "qkv"}
         before: dict[str, Any] = {} if state is None else {"initial_state": state}
-        part = run(f"part{len(parts)}", case.but(**tokens, **before))
-        parts.append(part)
-        state = LinearState(part.S.array, part.z.array)
+        part = cut(case, slice(start, stop)).but(**before)
+        parts.append(run(f"part{len(parts)}", part))
+        state = state_of(case, parts[-1])
     if parts:
         run.same(joined([x.out for x in parts], -2), whole.out, 2 * near(run, (case, whole)))
-        S, z = state_errors(run, case, whole)
-        same_state(run, parts[-1], (whole.S, whole.z), (2 * S, 2 * z))
+        errors = [2 * x for x in state_errors(run, case, whole.out.array)]
+        same_state(run, parts[-1], (whole.S, whole.z), errors)
 
 
 @law(
@@ -84,8 +99,7 @@ def state_is_the_sum(run: Run, case: Case, state: LinearState) -> None:
     whole = run("whole", case)
     with np.errstate(all="ignore"):
         out, due = reference.linear_attention(*case.arrays, **case.meant)
-    _, S, z = case_errors(case, run.subject.measured(case.dtype), out)
-    same_state(run, whole, due, (S, z))
+    same_state(run, whole, due, state_errors(run, case, out))
 
 
 @law(
@@ -107,14 +121,13 @@ def a_state_goes_in(run: Run, case: Case, state: LinearState) -> None:
 @law(
     "no-tokens-leave-the-state",
     "a call over no tokens returns the state that went in",
-    source="the definition of LinearState",
+    source="the definition of LinearState, and of DeltaState",
     given=with_state,
-    families=LINEAR,
+    families=(*LINEAR, "delta"),
     needs=("initial_state", "return_state", "empty"),
 )
-def no_tokens(run: Run, case: Case, state: LinearState) -> None:
-    none = {name: getattr(case, name)[..., :0, :] for name in "qkv"}
-    case = case.but(**none, initial_state=state, return_state=True)
+def no_tokens(run: Run, case: Case, state: State) -> None:
+    case = cut(case, slice(0, 0)).but(initial_state=state, return_state=True)
     same_state(run, run("whole", case), state, (0.0, 0.0))
 
 
@@ -216,10 +229,10 @@ def decay(case: Case, values: list[float]) -> Host:
 
 @law(
     "no-decay-changes-nothing",
-    "with log_decay = 0 each weight is what it is without",
-    source="Sun et al. 2023, arXiv:2307.08621, eq. 5, with gamma = 1",
-    given=lambda s: calls(s, sees=("is_causal",), equal=True),
-    families=LINEAR,
+    "with log_decay = 0 the result is what it is without",
+    source="Sun et al. 2023, arXiv:2307.08621, eq. 5; Yang et al. 2024, arXiv:2412.06464",
+    given=lambda s: calls(s, avoid=("log_decay",), sees=("is_causal",), equal=True),
+    families=(*LINEAR, "delta"),
     needs=("log_decay",),
 )
 def no_decay(run: Run, case: Case) -> None:
@@ -256,20 +269,18 @@ def decay_weighs(run: Run, case: Case, values: list[float]) -> None:
     families=LINEAR,
     needs=("log_decay", "is_causal", "initial_state", "return_state"),
 )
-def state_decays_first(run: Run, case: Case, values: list[float], cut: int) -> None:
-    cut %= case.lengths[1] + 1
+def state_decays_first(run: Run, case: Case, values: list[float], at: int) -> None:
+    at %= case.lengths[1] + 1
     case = case.but(is_causal=True, return_state=True, log_decay=decay(case, values))
     whole, parts = run("whole", case), []
     state: dict[str, Any] = {}
-    for name, tokens in (("first", slice(0, cut)), ("second", slice(cut, None))):
-        cutting = {n: getattr(case, n)[..., tokens, :] for n in "qkv"}
-        cutting["log_decay"] = case.options["log_decay"][..., tokens, :]
-        part = run(name, case.but(**cutting, **state))
-        state = {"initial_state": LinearState(part.S.array, part.z.array)}
+    for name, tokens in (("first", slice(0, at)), ("second", slice(at, None))):
+        part = run(name, cut(case, tokens).but(**state))
+        state = {"initial_state": state_of(case, part)}
         parts.append(part)
     run.same(joined([x.out for x in parts], -2), whole.out, 2 * near(run, (case, whole)))
-    S, z = state_errors(run, case, whole)
-    same_state(run, parts[-1], (whole.S, whole.z), (2 * S, 2 * z))
+    errors = [2 * x for x in state_errors(run, case, whole.out.array)]
+    same_state(run, parts[-1], (whole.S, whole.z), errors)
 
 
 @st.composite

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from arrattn.testing.case import Case
 from arrattn.testing.laws.given import SCALING, SEES, calls
-from arrattn.testing.laws.registry import law
+from arrattn.testing.laws.registry import MEANS, law
 from arrattn.testing.run import Run
 from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import eps
@@ -122,6 +122,7 @@ def lse_is_not_rounded(run: Run, case: Case) -> None:
     "1 + 2^-40 comes back from values that are all 1 + 2^-40, in float64",
     source="C8: float64 stays float64 throughout",
     given=lambda s: calls(s, dtypes=("float64",), kinds=("tied",), scoring=("scale",)),
+    families=MEANS,
     needs=("float64",),
     choice="precision",
 )

@@ -10,10 +10,12 @@ from hypothesis.strategies import SearchStrategy
 
 from arrattn.testing.subject import FAMILIES, Subject
 
-__all__ = ["ALL", "LAWS", "SOFTMAX", "Law", "law"]
+__all__ = ["ALL", "LAWS", "MEANS", "SOFTMAX", "Law", "law"]
 
 ALL = FAMILIES
 SOFTMAX = ("dense", "local", "sparse")
+#: Where the output is a mean of the visible values.
+MEANS = (*SOFTMAX, "linear")
 
 Needs = tuple[str, ...] | Callable[[Subject], tuple[str, ...]]
 
@@ -32,7 +34,7 @@ class Law:
     source : str
         The rule of the contract, or the paper, that it comes from.
     families : tuple of str
-        For which of dense, local, sparse and linear.
+        For which of dense, local, sparse, linear and delta.
     group : str
         What it is about.
     needs : tuple of str, or callable

@@ -27,7 +27,7 @@ def in_order(subject: Subject, **how: Any) -> st.SearchStrategy[Case]:
 
 def cut_keys(case: Case, part: slice) -> Case:
     """The call on some of its keys."""
-    return case.but(k=case.k[..., part, :], v=case.v[..., part, :])
+    return case.per_key(lambda x: x[..., part, :])
 
 
 def rows_of(within: Any, shape: tuple[int, ...], rows: slice) -> Any:
@@ -43,7 +43,7 @@ def rows_of(within: Any, shape: tuple[int, ...], rows: slice) -> Any:
     needs=causal_needs,
 )
 def causal_future(run: Run, case: Case, cut: int, factor: float) -> None:
-    case, cut = case.but(is_causal=True), cut % (case.lengths[1] + 1)
+    case, cut = case.causal, cut % (case.lengths[1] + 1)
     later = np.arange(case.lengths[1]) >= cut
     k, v = (np.where(later[:, None], factor * x, x) for x in (case.k, case.v))
     before, after = run("before", case), run("after", case.but(k=k, v=v))
@@ -59,7 +59,7 @@ def causal_future(run: Run, case: Case, cut: int, factor: float) -> None:
     needs=causal_needs,
 )
 def causal_prefix(run: Run, case: Case, cut: int) -> None:
-    case, cut = case.but(is_causal=True), cut % (case.lengths[1] + 1)
+    case, cut = case.causal, cut % (case.lengths[1] + 1)
     if not cut and not run.subject.can("empty"):
         return
     prefix = cut_keys(case, slice(None, cut)).but(q=case.q[..., :cut, :])
@@ -77,7 +77,7 @@ def causal_prefix(run: Run, case: Case, cut: int) -> None:
     choice="alignment",
 )
 def decoding_is_prefill(run: Run, case: Case) -> None:
-    case = case.but(is_causal=True)
+    case = case.causal
     whole = run("whole", case)
     within = np.broadcast_to(near(run, (case, whole)), whole.out.shape)
     for t in sorted({1, case.lengths[1] // 2, case.lengths[1]} - {0}):
@@ -97,7 +97,7 @@ def decoding_is_prefill(run: Run, case: Case) -> None:
     choice="alignment",
 )
 def chunked_prefill(run: Run, case: Case, cut: int) -> None:
-    case, cut = case.but(is_causal=True), cut % case.lengths[1]
+    case, cut = case.causal, cut % case.lengths[1]
     whole = run("whole", case)
     rest = run("rest", case.but(q=case.q[..., cut:, :]))
     within = rows_of(near(run, (case, whole)), whole.out.shape, slice(cut, None))
@@ -111,12 +111,12 @@ def chunked_prefill(run: Run, case: Case, cut: int) -> None:
     given=lambda s: st.tuples(
         in_order(s, avoid=("empty",)), st.booleans(), st.sampled_from(((1, 9), (2, 3), (3, 4)))
     ),
-    families=("dense", "local", "linear"),
+    families=("dense", "local", "linear", "delta"),
     needs=("segment_ids",),
 )
 def packed_is_one_by_one(run: Run, case: Case, causal: bool, cuts: tuple[int, int]) -> None:
     if causal and run.subject.can("is_causal", "combine"):
-        case = case.but(is_causal=True)
+        case = case.causal
     n = case.lengths[1]
     ids = np.searchsorted(np.asarray(cuts), np.arange(n), side="right") * 3 % 7
     packed = run("packed", case.but(segment_ids=ids))
@@ -141,7 +141,7 @@ def padding_is_absent(run: Run, case: Case, length: int, causal: bool) -> None:
     if not length and not run.subject.can("empty"):
         return
     if causal and run.subject.can("is_causal", "combine"):
-        case = case.but(is_causal=True)
+        case = case.causal
     short = cut_keys(case, slice(None, length))
     a, b = run("padded", case.but(kv_lengths=length)), run("cut", short)
     run.same(a.out, b.out, 2 * near(run, (short, b)), of=short)
@@ -164,7 +164,7 @@ def lengths_of_a_batch(run: Run, case: Case, lengths: list[int]) -> None:
     whole = run("whole", case.but(kv_lengths=each))
     b = (0,) * (len(batch) - 1) + (batch[-1] - 1,)
     at = tuple(slice(i, i + 1) for i in b)
-    alone = case.but(**{n: getattr(case, n)[at] for n in "qkv"}, kv_lengths=int(each[b]))
+    alone = case.per_key(lambda x: x[at]).but(q=case.q[at], kv_lengths=int(each[b]))
     one = run("alone", alone)
     run.same(whole.out[at], one.out, 2 * near(run, (alone, one)), of=alone)
 

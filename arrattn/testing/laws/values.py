@@ -8,7 +8,7 @@ import numpy as np
 
 from arrattn.testing.case import Case
 from arrattn.testing.laws.given import SCALING, SEES, calls, means, near
-from arrattn.testing.laws.registry import law
+from arrattn.testing.laws.registry import MEANS, law
 from arrattn.testing.run import Run
 from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import eps
@@ -33,6 +33,7 @@ def per_query_head(x: Host, case: Case) -> Host:
     "sum_j p_ij = 1: with v = 1, every query that sees a key gives 1",
     source="C5; Vaswani et al. 2017, arXiv:1706.03762",
     given=some,
+    families=MEANS,
 )
 def weights_sum_to_one(run: Run, case: Case) -> None:
     case = case.but(v=np.ones_like(case.v))
@@ -51,6 +52,7 @@ def weights_sum_to_one(run: Run, case: Case) -> None:
     "min_j v_jc <= o_ic <= max_j v_jc over the visible keys j",
     source="C5: the weights are positive and sum to 1",
     given=some,
+    families=MEANS,
 )
 def convex_hull(run: Run, case: Case) -> None:
     whole = run("whole", case)
@@ -101,6 +103,7 @@ def channels_are_separate(run: Run, case: Case) -> None:
     "f(q, k, v + c) = f(q, k, v) + c for every query that sees a key",
     source="C5: the weights sum to 1",
     given=some,
+    families=MEANS,
 )
 def shift_of_v(run: Run, case: Case) -> None:
     second = case.but(v=case.v + 2.0)
