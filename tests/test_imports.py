@@ -27,7 +27,7 @@ LEVELS = [
     {"_core.typing", "_state"},
     {"_core.loops"},
     {"_core.tiles", "_core.decay"},
-    {"_core.order", "patterns._base"},
+    {"_core.order", "_core.chunks", "patterns._base"},
     {"patterns._arrays"},
     {"patterns._positions", "patterns._regular", "patterns._random"},
     {"patterns._tree"},

@@ -9,15 +9,30 @@ of the memory from chunk to chunk is two to five calls a chunk, on views made be
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from arrattn._core import decay, loops
+from arrattn._core.decay import Gates
 from arrattn._core.typing import Array, DType
 
-if TYPE_CHECKING:
-    from arrattn._core.gated import Chunks
+
+class Chunks(NamedTuple):
+    """The tokens of a span by chunks, which are the first axis."""
+
+    q: Array | None  # (C, ..., Hkv, G, c, Dphi)
+    k: Array  # (C, ..., Hkv, c, Dphi)
+    v: Array  # (C, ..., Hkv, c, Dv + 1), or without the column of ones
+    log: Any  # (C, ..., Hkv, c), or None
+    gates: Gates  # (C, ..., Hkv | 1, c, 1) and (C, ..., Hkv | 1, c, Dphi)
+    beta: Array | None  # (C, ..., Hkv | 1, c, 1)
+
+    def of(self, cut: slice) -> Chunks:
+        """Some of them."""
+        arrays = (None if a is None else a[cut] for a in (*self[:4], *self.gates, self.beta))
+        q, k, v, log, steps, beyond, beta = arrays
+        return Chunks(q, k, v, log, Gates(steps, beyond), beta)
 
 
 class Room:
@@ -27,7 +42,7 @@ class Room:
     Parameters
     ----------
     x : Chunks
-        The first of those that are to be read, as `gated` cuts them, without batch axes.
+        The first of those that are to be read, without batch axes.
     """
 
     def __init__(self, x: Chunks) -> None:
@@ -62,6 +77,7 @@ class Room:
         if not self.corrects:
             return
         self.solved = space("solved", heads, n, c, c)
+        self.diagonal = self.solved.reshape(heads, n, c * c)[..., :: c + 1]
         self.blocks = _pairs_of_blocks(self.solved)
         self.target = space("target", heads, n, c, columns)
         self.told = space("told", heads, n, c, d)
@@ -90,7 +106,7 @@ class Room:
         self.k *= self.until_end
         solved *= self.within
         solved *= -beta
-        np.einsum("...ii->...i", solved)[...] = 1.0
+        self.diagonal.fill(1.0)
         for first, below, second, space in self.blocks:
             np.matmul(below, first, out=space)
             np.matmul(second, space, out=below)
@@ -158,8 +174,9 @@ def _pairs_of_blocks(x: Array) -> list[tuple[Array, ...]]:
     while half < c:
         m = c // (2 * half)
         cut = x.reshape(*lead, m, 2, half, m, 2, half)
-        blocks = np.einsum("...piapjb->...pijab", cut)  # a view of those on the diagonal
-        first, below, second = (blocks[..., i, j, :, :] for i, j in ((0, 0), (1, 0), (1, 1)))
+        on_diagonal = np.moveaxis(np.diagonal(cut, axis1=-6, axis2=-3), -1, -5)
+        on_diagonal.flags.writeable = True  # a view of work space
+        first, below, second = (on_diagonal[..., i, :, j, :] for i, j in ((0, 0), (1, 0), (1, 1)))
         space = loops.work_space("span blocks", below.shape, x.dtype)
         found.append((first, below, second, space))
         half *= 2

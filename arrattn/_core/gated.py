@@ -17,7 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from arrattn._core import chunks, decay, loops, recurrence, tiles
+from arrattn._core import decay, loops, recurrence, tiles
+from arrattn._core.chunks import Chunks, Room
 from arrattn._core.decay import Gates
 from arrattn._core.order import Order, gather_tokens, merged_order, own_order
 from arrattn._core.recurrence import How, Keys, Memory, Operands, finite
@@ -152,7 +153,7 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
             own = read(i)
             way = ways.get(key := (threading.get_ident(), own.chunks.k.shape))
             if way is None:
-                way = ways[key] = chunks.Room(own.chunks) if alike else _ByFeature(how.xp)
+                way = ways[key] = Room(own.chunks) if alike else _ByFeature(how.xp)
             way.read(own.chunks)
             turns[i].wait()
             S[...] = way.pass_on(S)
@@ -170,7 +171,7 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
 
 
 class _ByFeature:
-    """What `chunks.Room` does, where decay differs by feature."""
+    """What `Room` does, where decay differs by feature."""
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
@@ -460,23 +461,6 @@ def _spoiled(
     rows = rows | (held if past is None else held & past)
     own = xp.any(bad if last is None else bad & last, axis=-2, keepdims=True)
     return rows, own | (before if fresh is None else before & fresh)
-
-
-class Chunks(NamedTuple):
-    """The tokens of a span by chunks, which are the first axis."""
-
-    q: Array | None  # (C, ..., Hkv, G, c, Dphi)
-    k: Array  # (C, ..., Hkv, c, Dphi)
-    v: Array  # (C, ..., Hkv, c, Dv + 1), or without the column of ones
-    log: Any  # (C, ..., Hkv, c), or None
-    gates: Gates  # (C, ..., Hkv | 1, c, 1) and (C, ..., Hkv | 1, c, Dphi)
-    beta: Array | None  # (C, ..., Hkv | 1, c, 1)
-
-    def of(self, cut: slice) -> Chunks:
-        """Some of them."""
-        arrays = (None if a is None else a[cut] for a in (*self[:4], *self.gates, self.beta))
-        q, k, v, log, steps, beyond, beta = arrays
-        return Chunks(q, k, v, log, Gates(steps, beyond), beta)
 
 
 def _cut(
