@@ -422,34 +422,78 @@ class Head:
             return
         if together:
             ids = np.repeat(ids, size, axis=0)
-        step = max(CHOICES // (choice.route * size), 1)
+        held = choice.select == "keys" or span.m is not None
+        wide = size if held else span.q.shape[1] + self.v.shape[1]
+        step = max(CHOICES // (choice.route * wide), 1)
         for a in range(0, len(ids), step):
-            self._visit(span, a, ids[a : a + step])
+            self._visit(span, a, ids[a : a + step], held=held)
 
-    def _visit(self, span: Span, first: int, ids: Array) -> None:
-        """The blocks ``ids (rows, route)`` of the rows from `first` on, each block once."""
+    def _visit(self, span: Span, first: int, ids: Array, *, held: bool) -> None:
+        """
+        The blocks ``ids (rows, route)`` of the rows from `first` on, each block once.
+
+        All their scores are `held` at once where a row's choice or its maximum depends on them.
+        """
         (n, route), (size, dv), acc = ids.shape, self.values.shape[1:], span.q.dtype
         order, visits = self._by_block(ids)
         row = order // route
         none = slice(visits[-1][0].stop if visits else 0, len(order))
         q = loops.work_space("chosen queries", (len(order), span.q.shape[1]), acc)
         np.take(span.q, row + first, axis=0, out=q, mode="clip")
-        s = loops.work_space("chosen scores", (len(order), size), acc)
-        for at, block in visits:
-            np.matmul(q[at], self.kt[block], out=s[at])
-        if self.after != 1.0:
-            s *= np.asarray(self.after, acc)
-        s[none] = -math.inf
-        pattern: Any = self.free
-        hidden = none.start < none.stop
-        for at, block in visits:
-            if self.ragged[block]:
-                self._hide(s[at], pattern, span, row[at] + first, block)
-            if block == self.n_blocks - 1 and self.nk % size:
-                s[at, self.nk % size :] = -math.inf
-            hidden = hidden or self.ragged[block] or block == self.n_blocks - 1
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
+        o = loops.work_space("chosen values", (len(order), dv), acc)
+        total = loops.work_space("chosen totals", (len(order), 1), acc)
+        most = len(order) if held else max((at.stop - at.start for at, _ in visits), default=0)
+        s = loops.work_space("chosen scores", (most, size), acc)
+        hidden = none.start < none.stop
+        for at, block in visits:
+            part = s[at] if held else s[: at.stop - at.start]
+            some = self._scores(q[at], span, row[at] + first, block, part)
+            hidden = hidden or some
+            if not held:
+                p = self._exp(part, None, hidden=some)
+                np.matmul(p, self.values[block], out=o[at])
+                total[at] = loops.row_sums(p, xp=np)
+        if held:
+            s[none] = -math.inf
+            p = self._weights(span, first, ids, s, place, row, hidden=hidden)
+            for at, block in visits:
+                np.matmul(p[at], self.values[block], out=o[at])
+            total[...] = loops.row_sums(p, xp=np)
+        o[none], total[none] = 0, 0
+        one = loops.ones_column(route, acc).T
+        for x, parts in ((span.sums, o), (span.total, total)):
+            by_row = loops.work_space("by row", parts.shape, acc)
+            np.take(parts, place, axis=0, out=by_row, mode="clip")
+            x[first : first + n] += np.matmul(one, by_row.reshape(n, route, -1))[:, 0]
+
+    def _scores(self, q: Array, span: Span, rows: Array, block: int, out: Array) -> bool:
+        """Scores ``out (r, size)`` of rows with the keys of a block; whether any are hidden."""
+        np.matmul(q, self.kt[block], out=out)
+        if self.after != 1.0:
+            out *= np.asarray(self.after, out.dtype)
+        if self.ragged[block]:
+            pattern: Any = self.free
+            self._hide(out, pattern, span, rows, block)
+        filled = block == self.n_blocks - 1 and self.nk % self.size
+        if filled:
+            out[:, self.nk % self.size :] = -math.inf
+        return bool(self.ragged[block] or filled)
+
+    def _weights(
+        self,
+        span: Span,
+        first: int,
+        ids: Array,
+        s: Array,
+        place: Array,
+        row: Array,
+        *,
+        hidden: bool,
+    ) -> Array:
+        """Exponentials of the scores ``s (pairs, size)`` of what is chosen of the blocks."""
+        n, route = ids.shape
         chosen = None
         if self.choice.select == "keys":
             chosen = self._best(s, place, row, n)
@@ -461,15 +505,7 @@ class Head:
         p = self._exp(s, None if span.m is None else span.m[row + first], hidden=hidden)
         if chosen is not None:
             p *= chosen
-        o = loops.work_space("chosen values", (len(order), dv), acc)
-        for at, block in visits:
-            np.matmul(p[at], self.values[block], out=o[at])
-        o[none] = 0
-        one = loops.ones_column(route, acc).T
-        for x, part in ((span.sums, o), (span.total, loops.row_sums(p, xp=np))):
-            by_row = loops.work_space("by row", part.shape, acc)
-            np.take(part, place, axis=0, out=by_row, mode="clip")
-            x[first : first + n] += np.matmul(one, by_row.reshape(n, route, -1))[:, 0]
+        return p
 
     def _by_block(self, ids: Array) -> tuple[Array, list[tuple[slice, int]]]:
         """The places in ``ids (rows, route)`` in the order of their blocks, and each one's part."""
