@@ -13,7 +13,7 @@ from lanes import Lane, built
 from laws import for_all
 from softmax import agrees, as_held, check_pair, in_rows, is_sparse
 from strategies import Case, cases
-from test_sparse import unambiguous
+from test_sparse import not_under_jit, unambiguous
 from tolerance import output_error
 
 from arrattn import attention, patterns, reference, sparse_attention
@@ -131,6 +131,7 @@ def test_a_selection_is_of_what_is_visible_elsewhere(select: str, score: str) ->
 # -- Limits -----------------------------------------------------------------------------------
 
 
+@not_under_jit
 @for_all(case=cases(), size=st.sampled_from((1, 3, 16)))
 def test_all_blocks_chosen_is_dense(lane: Lane, case: Case, size: int) -> None:
     dense = lane.to_numpy(lane.call(attention, *case.arrays, dtype="float64", **case.options))
