@@ -341,6 +341,15 @@ def test_spans_hand_the_memory_on_in_turn(
     close(results[0][1].S, after.S, within=state_within)
 
 
+def test_absent_tokens_change_no_bit() -> None:
+    case, there = tokens(65), np.arange(65) < 40  # more than a chunk
+    clean = delta_attention(*case.arrays, key_mask=there, **case.options)
+    k, v, beta = case.k.copy(), case.v.copy(), case.options["beta"].copy()
+    k[..., 40:, :], v[..., 40:, :], beta[..., 40:] = np.nan, np.inf, np.nan
+    got = delta_attention(case.q, k, v, key_mask=there, **case.options | {"beta": beta})
+    np.testing.assert_array_equal(got, clean)
+
+
 def test_a_span_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     read, calls = gated._read, itertools.count()
 

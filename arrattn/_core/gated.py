@@ -41,8 +41,10 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     """
     xp = how.xp
     x = _broadcast(how, x)
-    arrays = [a for a in (x.k, x.v, x.log_decay, x.beta) if a is not None]
-    sums = (xp.isfinite(xp.sum(a, dtype=how.acc)) for a in arrays)
+    lifted = None if x.key_mask is None else x.key_mask[..., None]
+    gates = (x.log_decay, None if x.beta is None else x.beta[..., None])
+    arrays = [a for a in (x.k, x.v, *gates) if a is not None]
+    sums = (xp.isfinite(loops.sum_of(a, lifted, how.acc, xp=xp)) for a in arrays)
     how = how._replace(careful=not all(loops.truth(a) for a in sums))
     memory, out = recurrence.start_memory(how, x), loops.Pieces(into)
     if 0 in x.q.shape[:-1]:  # nothing that reads

@@ -408,6 +408,13 @@ def exp_shifted(s: Array, shift: Array, *, xp: Namespace) -> Array:
     return xp.exp(s - shift)
 
 
+def sum_of(x: Array, there: Array | None, dtype: Any, *, xp: Namespace) -> Array:
+    """The sum of all of `x`; on NumPy, without a copy, only of what is `there`."""
+    if there is None or not compat.is_numpy_namespace(xp):
+        return xp.sum(x, dtype=dtype)
+    return np.sum(x, dtype=dtype, where=there)
+
+
 def row_sums(p: Array, *, xp: Namespace) -> Array:
     """Sums over the last axis, which stays with length 1."""
     if compat.is_numpy_namespace(xp):
