@@ -20,7 +20,7 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import jobs
+from arrattn._core import jobs, loops
 from arrattn._core.jobs import at_once
 from arrattn.patterns import (
     Blocks,
@@ -336,3 +336,39 @@ def test_few_queries_of_every_item_head_and_part(
     within = output_error(q, k, v, dtype="float64", sinks=options["sinks"])
     for x, expected in zip(got, softmax_attention(q, k, v, **options), strict=True):
         close(x, expected, within=2 * within + C * eps("float64") * np.log(nk))
+
+
+@pytest.mark.parametrize("most", [0, 10**4, 10**6])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [(1, 64, 128), (128, 64, 128), (300, 64, 250), (77, 3, 1)]
+)
+def test_products_of_a_few_rows_each_are_the_product(
+    monkeypatch: pytest.MonkeyPatch, most: int, n: int, k: int, m: int
+) -> None:
+    monkeypatch.setattr(loops, "unpacked", lambda: most)
+    rng = np.random.default_rng(0)
+    a = rng.integers(-9, 9, (5, 2, k, n)).astype(np.float32).swapaxes(-1, -2)
+    b = rng.integers(-9, 9, (5, 1, k, m)).astype(np.float32)
+    space = np.full((5, n, 2, m), np.nan, np.float32)
+    loops.small_products(a, b, out=space.swapaxes(1, 2))
+    np.testing.assert_array_equal(space.swapaxes(1, 2), a @ b)
+
+
+@pytest.mark.parametrize("most", [10**5, 10**6])
+@pytest.mark.parametrize("attend", [
+    partial(attention, is_causal=True),
+    partial(attention, scale=100.0),
+    partial(local_attention, window=(40, 3)),
+    partial(sparse_attention, is_causal=True, block_size=100, route=None),
+    partial(sparse_attention, is_causal=True, block_size=100, select="blocks", top_k=2),
+    partial(sparse_attention, block_size=100, select="blocks", top_k=2, per="block"),
+])  # fmt: skip
+def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
+    monkeypatch: pytest.MonkeyPatch, most: int, attend: partial[Any]
+) -> None:
+    q, k, v = np.random.default_rng(1).standard_normal((3, 2, 700, 16))
+    monkeypatch.setattr(loops, "unpacked", lambda: 0)
+    whole = attend(q, k, v)
+    monkeypatch.setattr(loops, "unpacked", lambda: most)
+    scale = attend.keywords.get("scale")
+    close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))

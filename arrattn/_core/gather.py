@@ -147,13 +147,13 @@ class Rows:
         t, g, _ = self.shape
         if self.m is not None:
             d, m = k.shape[-2:]
-            beside = loops.work_space("beside", (t, m, d + 1), k.dtype)
-            beside[..., :d], beside[..., d] = k.swapaxes(-1, -2), 1
-            k = beside.swapaxes(-1, -2)
+            beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
+            beside[:, :d], beside[:, d] = k, 1
+            k = beside
         n = rows[1] - rows[0]
         q = self.q[:, :, rows[0] : rows[1]].reshape(t, g * n, -1)
         s = loops.work_space("scores", (t, g * n, k.shape[-1]), self.q.dtype)
-        return np.matmul(q, k, out=s).reshape(t, g, n, -1)
+        return loops.small_products(q, k, out=s).reshape(t, g, n, -1)
 
     def _weights(
         self, k: Array, look: Look | None, rows: tuple[int, int], far: Array | None
@@ -200,13 +200,13 @@ class Rows:
         r0, r1 = rows
         flat = p.reshape(t, g * (r1 - r0), -1)
         if not self.began and (r0, r1) == (0, n):
-            np.matmul(flat, v, out=self.o.reshape(t, g * n, -1))
+            loops.small_products(flat, v, out=self.o.reshape(t, g * n, -1))
             self.l[...] = loops.row_sums(p, xp=np) if sums is None else sums
             self.began = True
             return
         self._begin()
         more = loops.work_space("values", (*flat.shape[:2], v.shape[-1]), flat.dtype)
-        np.matmul(flat, v, out=more)
+        loops.small_products(flat, v, out=more)
         for x, y in (
             (self.o, more.reshape(t, g, r1 - r0, -1)),
             (self.l, loops.row_sums(p, xp=np) if sums is None else sums),

@@ -56,7 +56,7 @@ FEW_KEYS = 1 << 14
 GRAIN = 64
 
 #: Keys of a step along the edge of what is seen, and what each step costs, counted in pairs.
-STEP, STEP_OVERHEAD = 128, 1 << 13
+STEP, STEP_OVERHEAD = 256, 1 << 13
 
 #: Keys from which on weights are read along diagonals rather than row by row.
 WIDE = 512
@@ -691,11 +691,13 @@ class Head:
         k, v = (enter(call, _of_run(x[0], strip, run)) for x in (call.k, call.v))
         if not transposed:
             return _overlapping(k, strip, m), _overlapping(v, strip, m)
-        if len(k) == m:
+        if len(k) == m and not loops.unpacked():
             return k.T[None], v[None]
         # Small products are faster from keys that lie transposed.
         kt = loops.work_space("keys", (k.shape[1], k.shape[0]), k.dtype)
         np.copyto(kt, k.T)
+        if len(k) == m:
+            return kt[None], v[None]
         step = (strip.rows * kt.strides[1], *kt.strides)
         return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
 

@@ -393,6 +393,44 @@ def product(a: Array, b: Array, slot: str, *, xp: Namespace) -> Array:
     return np.matmul(a, b, out=work_space(slot, (*lead, n, m), a.dtype))
 
 
+def small_products(a: Array, b: Array, *, out: Array) -> Array:
+    """
+    ``np.matmul(a, b, out=out)`` of NumPy arrays, a few rows at a time where BLAS is faster at that.
+
+    On some processors OpenBLAS does small products from where the operands lie; larger ones it
+    copies first, which takes longer. It is fast at them if the rows of `b` are contiguous.
+    """
+    (n, k), m = a.shape[-2:], b.shape[-1]
+    most = unpacked() // max(1, k * m)
+    rows = next((r for r in _ROWS if r <= most), n)
+    if n <= max(rows, most):
+        return np.matmul(a, b, out=out)
+    even = n - n % rows
+
+    def cut(x: Array) -> Array:
+        return x[..., :even, :].reshape(*x.shape[:-2], even // rows, rows, x.shape[-1])
+
+    np.matmul(cut(a), b[..., None, :, :], out=cut(out))
+    if even < n:
+        np.matmul(a[..., even:, :], b, out=out[..., even:, :])
+    return out
+
+
+#: Rows that small products may have.
+_ROWS = (128, 64, 32, 16)
+
+#: The processors, as OpenBLAS names them, for which it has kernels for small products, and how many
+#: multiplications those have at most.
+_SMALL_KERNELS = dict.fromkeys(("SkylakeX", "Cooperlake", "SapphireRapids"), 10**6)
+
+
+@lru_cache(maxsize=1)
+def unpacked() -> int:
+    """Multiplications of a product up to which BLAS copies no operand; 0 where it always does."""
+    found = ThreadpoolController().select(internal_api="openblas").lib_controllers
+    return max((_SMALL_KERNELS.get(x.architecture, 0) for x in found), default=0)
+
+
 def hide(s: Array, visible: Array, *, xp: Namespace) -> Array:
     """`s` where `visible`, else ``-inf``."""
     if compat.is_numpy_namespace(xp) and s.flags.writeable:

@@ -175,6 +175,8 @@ class Head:
         self.query_blocks = -(-(self.lead + choice.queries) // self.size)
         self.k, self.v = k, v
         self.kt = _blocks(k, self.size).swapaxes(-1, -2)
+        if loops.unpacked():
+            self.kt = np.ascontiguousarray(self.kt)
         self.values = _blocks(v, self.size)
         # A positive power of two changes no digit: it can come before the product.
         exact = call.scale > 0 and math.frexp(call.scale)[0] == 0.5
@@ -364,7 +366,7 @@ class Head:
             rows: Any = (slice(None), slice(t - span.t0, stop - span.t0))
             keys = slice(t + self.first, stop + self.first)
             s = loops.work_space("scores", (g, stop - t, size, size), q.dtype)
-            np.matmul(q[rows], self.kt[keys], out=s)
+            loops.small_products(q[rows], self.kt[keys], out=s)
             if self.after != 1.0:
                 s *= np.asarray(self.after, s.dtype)
             self._hide_own(s, span, t)
@@ -374,7 +376,7 @@ class Head:
                 m[rows] = np.where((s == -math.inf).all(axis=-1, keepdims=True), -math.inf, m[rows])
             self._exp(s, None if m is None else np.where(m[rows] == -math.inf, 0, m[rows]))
             total[rows] = np.matmul(s, loops.ones_column(size, s.dtype))
-            np.matmul(s, self.values[keys], out=sums[rows])
+            loops.small_products(s, self.values[keys], out=sums[rows])
 
     def _hide_own(self, s: Array, span: Span, t: int) -> None:
         """Hide what is not seen of own blocks: scores ``(G, blocks, size, size)`` from `t` on."""
@@ -522,22 +524,22 @@ class Head:
         wide = route * size
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
-        keys = self.kt.swapaxes(-1, -2)
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
             here, part = slice(a, a + at_once), ids[a : a + at_once]
             n = len(part)
             none = part == self.n_blocks
             part = np.where(none, 0, part)
-            k, v = (
+            kt, v = (
                 np.take(x, part, axis=0, mode="clip", out=loops.work_space(
                     slot, (n, route, *x.shape[1:]), q.dtype
-                )).reshape(n, wide, -1)
-                for slot, x in (("keys of units", keys), ("values of units", self.values))
+                ))
+                for slot, x in (("keys of units", self.kt), ("values of units", self.values))
             )  # fmt: skip
+            v = v.reshape(n, wide, -1)
             s = loops.work_space("scores", (n, size, wide), q.dtype)
-            np.matmul(q[here], k.swapaxes(-1, -2), out=s)
             by_block = s.reshape(n, size, route, size).swapaxes(1, 2)
+            loops.small_products(q[here, None], kt, out=by_block)
             by_block[none] = -math.inf
             if self.nk % self.size:
                 for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
@@ -548,7 +550,7 @@ class Head:
             hidden = bool(none.any() or self.nk % size)
             p = self._exp(s, None if m is None else m[here], hidden=hidden)
             more = loops.work_space("values", (n, size, sums.shape[-1]), q.dtype)
-            sums[here] += np.matmul(p, v, out=more)
+            sums[here] += loops.small_products(p, v, out=more)
             total[here] += np.matmul(p, loops.ones_column(wide, p.dtype))
 
     def _chosen(self, span: Span) -> Array:
@@ -673,7 +675,10 @@ class Head:
         whole = j[-1] - j[0] == len(j) - 1
         k = self.k[j[0] : j[-1] + 1] if whole else self.k[j]
         s = loops.work_space("all scores", (len(j), len(span.q)), span.q.dtype)
-        np.matmul(k, span.q.T, out=s)
+        q = span.q.T
+        if loops.unpacked():
+            q = np.ascontiguousarray(q)
+        loops.small_products(k, q, out=s)
         if self.after != 1.0:
             s *= np.asarray(self.after, s.dtype)
         kinds: Any = self.kinds

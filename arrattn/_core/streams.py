@@ -19,9 +19,10 @@ from arrattn._core.typing import Array, DType
 from arrattn._state import LinearState
 from arrattn.feature_maps import FeatureMap
 
-#: Chunks done by one product, as far as their features are no more than so many numbers: with
-#: sums and outputs they then fill a second-level cache.
-CHUNKS, BLOCK = 16, 1 << 16
+#: Chunks done by one product, as far as their features are no more than so many numbers; half of
+#: that in the causal form, which keeps more beside them. Fewer would fit a smaller cache, but two
+#: threads that do short things in turn wait for the interpreter.
+CHUNKS, BLOCK = 64, 1 << 18
 
 #: Features, and a row's sum of weights, that products neither lose nor overflow. They matter
 #: where logarithms are multiplied in: else features are what they are.
@@ -75,15 +76,15 @@ def run(job: Job, state: LinearState, out: Array) -> tuple[int, int, LinearState
     i, j = head.run()
     if job.carries_log and (i, j) != (job.q.shape[-2], len(job.k)):
         return i, 0, state
-    return i, j, LinearState(head.S[:, :-1], head.S[:, -1])
+    return i, j, LinearState(head.S, head.z)
 
 
 class _Head:
-    """A job, its sums ``S (Dphi, Dv + 1)`` so far, and where it writes."""
+    """A job, its sums ``S (Dphi, Dv)`` and ``z (Dphi,)`` so far, and where it writes."""
 
     def __init__(self, job: Job, state: LinearState, out: Array) -> None:
         self.job, self.out = job, out
-        self.S = np.concatenate([state.S, state.z[:, None]], axis=-1, dtype=job.acc)
+        self.S, self.z = (np.asarray(x, job.acc) for x in state)
         widest = max(1, self.S.shape[0], job.k.shape[-1], job.v.shape[-1])
         self.block = job.chunk * max(1, min(CHUNKS, BLOCK // (job.chunk * widest)))
 
@@ -104,10 +105,10 @@ class _Head:
         """Take up keys, up to the first block that does not fit."""
         for j in range(start, stop, self.block):
             phi, v = self._keys(j, min(j + self.block, stop))
-            S = self._sums(phi, v)
-            if not self._holds(S, v):
+            S, z = self._sums(phi, v)
+            if not self._holds(S, z, v):
                 return j
-            self.S = S
+            self.S, self.z = S, z
         return stop
 
     def _read(self, start: int, stop: int) -> int:
@@ -115,25 +116,16 @@ class _Head:
         for i in range(start, stop, self.block):
             rows = slice(i, min(i + self.block, stop))
             for g in range(len(self.out)):
-                phi = self._queries(g, rows)
-                if not self._finish(phi, self._times_sums(phi), self.out[g, rows]):
+                phi, out = self._queries(g, rows), self.out[g, rows]
+                top = self._tops(out)
+                loops.small_products(phi, self.S, out=top)
+                if not self._finish(phi, top, np.matmul(phi, self.z[:, None]), out):
                     return i
         return stop
 
-    def _times_sums(self, phi: Array) -> Array:
-        """``phi @ S``."""
-        top = self._space("outputs", (len(phi), self.S.shape[1]))
-        runs, rest = self._runs(phi)
-        more, last = self._runs(top)
-        np.matmul(runs, self.S, out=more)
-        np.matmul(rest, self.S, out=last)
-        return top
-
-    def _runs(self, x: Array) -> tuple[Array, Array]:
-        """Tokens in runs of a length that BLAS is fast at, and those left over."""
-        run = 2 * self.job.chunk
-        even = len(x) - len(x) % run
-        return x[:even].reshape(even // run, run, x.shape[1]), x[even:]
+    def _tops(self, out: Array) -> Array:
+        """Where weighted sums go before they are divided: `out` itself where it holds them."""
+        return out if out.dtype == self.job.acc else self._space("outputs", out.shape)
 
     def _side_by_side(self, i: int, j: int, n: int) -> int:
         """`n` queries from `i` on, each up to its own key, which are those from `j` on."""
@@ -141,7 +133,7 @@ class _Head:
         while done < n:
             # Whole chunks side by side, and then what is left, a shorter one.
             size = c if n - done >= c else n - done
-            count = min(self.block, n - done) // size
+            count = min(max(c, self.block // 2), n - done) // size
             if not self._chunks(i + done, j + done, count, size):
                 break
             done += count * size
@@ -149,95 +141,98 @@ class _Head:
 
     def _chunks(self, i: int, j: int, count: int, c: int) -> bool:
         """`count` chunks of `c` tokens, from query `i` and key `j` on."""
-        k, v = (x.reshape(count, c, -1) for x in self._keys(j, j + count * c))
+        k, v = (x.reshape(count, c, x.shape[1]) for x in self._keys(j, j + count * c))
         before = self._space("sums", (count, *self.S.shape))
         products = self._space("products", before.shape)
-        kt = self._space("turned", (count, self.S.shape[0], c))
+        totals = self._space("totals", (count + 1, len(self.z), 1))
+        kt = self._space("turned", (count, len(self.z), c))
         kt[...] = k.swapaxes(-1, -2)  # small products are faster from keys that lie transposed
+        one = loops.ones_column(c, kt.dtype)
         np.matmul(kt, v, out=products)
-        before[0] = self.S
+        np.matmul(kt, one, out=totals[1:])
+        before[0], totals[0, :, 0] = self.S, self.z
         for t in range(1, count):
             np.add(before[t - 1], products[t - 1], out=before[t])
-        S = before[-1] + products[-1]
-        if not self._holds(S, v):
+        S, totals = before[-1] + products[-1], np.cumsum(totals, axis=0)
+        if not self._holds(S, totals[-1], v):
             return False
         rows = slice(i, i + count * c)
         for g in range(len(self.out)):
-            q = self._queries(g, rows).reshape(count, c, -1)
+            q, out = self._queries(g, rows).reshape(count, c, -1), self.out[g, rows]
             w = self._space("weights", (count, c, c))
             np.matmul(q, kt, out=w)
             np.multiply(w, _lower(c, w.dtype), out=w)
-            top, past = (self._space(slot, v.shape) for slot in ("outputs", "pasts"))
-            np.add(np.matmul(w, v, out=top), np.matmul(q, before, out=past), out=top)
-            if not self._finish(q, top.reshape(count * c, -1), self.out[g, rows]):
+            top = self._tops(out)
+            more, past = top.reshape(v.shape), self._space("pasts", v.shape)
+            np.add(np.matmul(w, v, out=more), np.matmul(q, before, out=past), out=more)
+            total = np.matmul(w, one) + np.matmul(q, totals[:-1])
+            if not self._finish(q, top, total.reshape(-1, 1), out):
                 return False
-        self.S = S
+        self.S, self.z = S, totals[-1, :, 0]
         return True
 
     def _space(self, slot: str, shape: tuple[int, ...]) -> Array:
         return loops.work_space(f"linear {slot}", shape, self.job.acc)
 
-    def _held(self, x: Array) -> Array:
-        """Tokens in the accumulation dtype."""
-        if x.dtype == self.job.acc:
+    def _held(self, x: Array, slot: str) -> Array:
+        """Tokens in the accumulation dtype, as BLAS can read them."""
+        near = x.strides[1] == x.itemsize and x.strides[0] >= x.shape[1] * x.itemsize
+        if x.dtype == self.job.acc and near:
             return x
-        held = self._space("tokens", x.shape)
+        held = self._space(slot, x.shape)
         held[...] = x
         return held
 
     def _queries(self, g: int, rows: slice) -> Array:
         """Features of some queries of a query head, (n, Dphi)."""
-        q = self._held(self.job.q[g, rows])
-        phi = self._space("queries", (len(q), self.S.shape[0]))
+        q = self._held(self.job.q[g, rows], "tokens")
+        phi = self._space("queries", (len(q), len(self.z)))
         self.job.feature_map.write_q(q, phi, self.job.weights)
         return phi
 
     def _keys(self, j0: int, j1: int) -> tuple[Array, Array]:
         """
-        Features of some keys (n, Dphi), and their values beside a one (n, Dv + 1).
+        Features of some keys (n, Dphi), and their values (n, Dv).
 
         What is not finite in keys or values leaves something that is not, for `_holds` to see.
         """
-        job, n = self.job, j1 - j0
-        held = self._held(job.k[j0:j1])
-        phi, v = (
-            self._space(s, (n, m)) for s, m in zip(("keys", "values"), self.S.shape, strict=True)
-        )
+        job = self.job
+        held, v = self._held(job.k[j0:j1], "tokens"), self._held(job.v[j0:j1], "values")
+        phi = self._space("keys", (j1 - j0, len(self.z)))
         job.feature_map.write_k(held, phi, job.weights)
-        v[:, :-1], v[:, -1] = job.v[j0:j1], 1
         if job.mask is not None:
             there = job.mask[j0:j1]
-            phi[~there], v[~there], held = 0, 0, held[there]
+            v = np.where(there[:, None], v, 0)
+            phi[~there], held = 0, held[there]
         # Some maps make a feature of 0, and others one of 1, of a key at infinity.
         if not np.isfinite(np.matmul(loops.ones_column(len(held), held.dtype).T, held)).all():
-            v[0, -1] = math.nan
+            phi[0] = math.nan
         return phi, v
 
-    def _sums(self, phi: Array, v: Array) -> Array:
-        """The sums with these keys."""
-        (k, rest), (v, last) = self._runs(phi), self._runs(v)
-        S = self.S + np.matmul(rest.T, last)
+    def _sums(self, phi: Array, v: Array) -> tuple[Array, Array]:
+        """The sums with these keys, a run of them at a time: so BLAS is faster."""
+        run = 2 * self.job.chunk
+        even = len(phi) - len(phi) % run
+        k, values = (x[:even].reshape(even // run, run, x.shape[1]) for x in (phi, v))
+        S = self.S + np.matmul(phi[even:].T, v[even:])
         products = self._space("products", (len(k), *S.shape))
-        for product in np.matmul(k.swapaxes(-1, -2), v, out=products):
+        for product in np.matmul(k.swapaxes(-1, -2), values, out=products):
             np.add(S, product, out=S)
-        return S
+        return S, self.z + np.matmul(loops.ones_column(len(phi), phi.dtype).T, phi)[0]
 
-    def _holds(self, S: Array, v: Array) -> bool:
+    def _holds(self, S: Array, z: Array, v: Array) -> bool:
         """Whether these sums, and the keys in them, are all that they should be."""
-        if not np.isfinite(S).all():
+        if not (np.isfinite(S).all() and np.isfinite(z).all()):
             return False
         if not self.job.carries_log:
             return True
-        v = v[..., :-1]
         size = max(v.max(initial=0), -v.min(initial=0))
         return bool(
-            S[:, -1].max(initial=0) <= MOST_FEATURE
-            and (size == 0 or LEAST_VALUE <= size <= MOST_VALUE)
+            z.max(initial=0) <= MOST_FEATURE and (size == 0 or LEAST_VALUE <= size <= MOST_VALUE)
         )
 
-    def _finish(self, phi: Array, top: Array, out: Array) -> bool:
-        """Divide by the normaliser, the last column; False where it is no good one."""
-        top, total = top[:, :-1], top[:, -1:]
+    def _finish(self, phi: Array, top: Array, total: Array, out: Array) -> bool:
+        """Divide by the normaliser ``(n, 1)``; False where it is no good one."""
         least, most = total.min(initial=1), total.max(initial=1)
         if self.job.carries_log:
             in_range = least >= LEAST_TOTAL and most <= MOST_TOTAL
@@ -252,10 +247,9 @@ class _Head:
                 empty = total == 0
                 np.copyto(top, 0, where=empty)
                 total[empty] = 1
-            np.divide(top, total, out=out if out.dtype == top.dtype else top)
-            if out.dtype == top.dtype:
-                return True
-        out[...] = top
+            np.divide(top, total, out=top)
+        if top is not out:
+            out[...] = top
         return True
 
 
