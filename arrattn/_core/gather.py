@@ -147,7 +147,10 @@ class Rows:
         t, g, _ = self.shape
         if self.m is not None:
             d, m = k.shape[-2:]
-            beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
+            if k.strides[-1] == k.itemsize:
+                beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
+            else:
+                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).swapaxes(-1, -2)
             beside[:, :d], beside[:, d] = k, 1
             k = beside
         n = rows[1] - rows[0]

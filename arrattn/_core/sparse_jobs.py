@@ -524,22 +524,27 @@ class Head:
         wide = route * size
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
+        few = loops.unpacked()
+        keys = self.kt if few else self.kt.swapaxes(-1, -2)
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
             here, part = slice(a, a + at_once), ids[a : a + at_once]
             n = len(part)
             none = part == self.n_blocks
             part = np.where(none, 0, part)
-            kt, v = (
+            k, v = (
                 np.take(x, part, axis=0, mode="clip", out=loops.work_space(
                     slot, (n, route, *x.shape[1:]), q.dtype
                 ))
-                for slot, x in (("keys of units", self.kt), ("values of units", self.values))
+                for slot, x in (("keys of units", keys), ("values of units", self.values))
             )  # fmt: skip
             v = v.reshape(n, wide, -1)
             s = loops.work_space("scores", (n, size, wide), q.dtype)
             by_block = s.reshape(n, size, route, size).swapaxes(1, 2)
-            loops.small_products(q[here, None], kt, out=by_block)
+            if few:
+                loops.small_products(q[here, None], k, out=by_block)
+            else:
+                np.matmul(q[here], k.reshape(n, wide, -1).swapaxes(-1, -2), out=s)
             by_block[none] = -math.inf
             if self.nk % self.size:
                 for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
