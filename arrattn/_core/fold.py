@@ -11,7 +11,7 @@ import math
 from arrattn._core import loops, online_softmax
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
-from arrattn._core.tiles import Pairs, group_matmul
+from arrattn._core.tiles import Pairs, group_matmul, hits
 from arrattn._core.typing import Array
 
 
@@ -51,13 +51,14 @@ def visible_scores(
         return adjust(
             call, group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores"), pairs, scale=scale
         )
-    bad = ~xp.all(xp.isfinite(k), axis=-1)
-    k = xp.where(bad[..., None], xp.zeros_like(k), k)
+    there = xp.isfinite(k)
+    zero, nan = (xp.asarray(x, dtype=k.dtype, device=loops.device_of(k)) for x in (0, math.nan))
+    k = xp.where(there, k, zero)
     # The same product as above, for the bits of rows that see none of them.
     s = group_matmul(q, xp.matrix_transpose(k), xp=xp, slot="scores")
     s = adjust(call, s, pairs, scale=scale)
-    nan = xp.asarray(math.nan, dtype=s.dtype, device=loops.device_of(s))
-    return xp.where(bad[..., None, None, :], nan, s)
+    # XLA compiles a sum, NaN if any term is, in a fraction of the time that it takes for `all`.
+    return s + xp.sum(xp.where(there, zero, nan), axis=-1)[..., None, None, :]
 
 
 def enter(call: SoftmaxInputs, x: Array, *, scale: float | None = None) -> Array:
@@ -99,6 +100,27 @@ def fold(
     known = True if visible is None else finite
     s = visible_scores(call, q, enter(call, k), pairs, known)
     return online_softmax.absorb(state, s, enter(call, v), visible, xp=call.xp, finite=known)
+
+
+def fold_finite(
+    call: SoftmaxInputs, state: State, q: Array, k: Array, v: Array, pairs: Pairs, visible: Array
+) -> State:
+    """
+    `fold` without what is not finite in `v`; rows that see it are for `mark` to find.
+    """
+    xp = call.xp
+    s = visible_scores(call, q, enter(call, k), pairs, None)
+    v = enter(call, v)
+    v = xp.where(xp.isfinite(v), v, 0)
+    return online_softmax.absorb(state, s, v, visible, xp=xp, finite=True)
+
+
+def mark(call: SoftmaxInputs, state: State, v: Array, visible: Array) -> State:
+    """NaN for the rows and channels of `state` that see a value which is not finite."""
+    xp, o = call.xp, state.o
+    hit = hits(visible, ~xp.isfinite(v), like=o, nk=v.shape[-2], xp=xp)
+    nan = xp.asarray(math.nan, dtype=o.dtype, device=loops.device_of(o))
+    return state._replace(o=xp.where(hit, nan, o))
 
 
 def finish(call: SoftmaxInputs, state: State) -> tuple[Array, Array]:
