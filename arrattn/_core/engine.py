@@ -140,7 +140,7 @@ def _scan_tiles(call: SoftmaxInputs, loop: _Loop, tables: tuple[Array]) -> tuple
     q, k, v = (whole_tiles(x, n, xp) for x, n in ((call.q, bq), (call.k, bk), (call.v, bk)))
     # A sum is finite only if every term is.
     total = loops.one_for_all(lambda x: xp.sum(x, dtype=call.acc), v) if loop.hides else None
-    # XLA copies the operand of a loop unless it is an argument's own shape, as this mostly is.
+    # Heads are grouped within the loops: XLA copies what enters one with an axis of 1 before rows.
     q = xp.reshape(q, (*q.shape[:-4], math.prod(call.heads), *q.shape[-2:]))
     body = partial(_scan_row, call._replace(q=q, k=k, v=v), loop, call.heads, total)
     starts = np.arange(0, nq, bq, dtype=np.int32)
@@ -165,12 +165,11 @@ def _scan_row(
     row: tuple[Array, Array],
 ) -> tuple[Array, Array]:
     (i0, visits), xp, bq = row, call.xp, loop.tile[0]
-    q = loops.rows_at(call.q, i0, bq)
-    q = xp.reshape(q, (*q.shape[:-3], *heads, *q.shape[-2:]))
-    q = enter(call, q, scale=call.scale)
+    q = enter(call, loops.rows_at(call.q, i0, bq), scale=call.scale)
 
     def absorb(state: State, j0: Array) -> State:
-        return _absorb_traced(call, loop, total, state, q, (i0, j0))
+        rows = xp.reshape(q, (*q.shape[:-3], *heads, *q.shape[-2:]))
+        return _absorb_traced(call, loop, total, state, rows, (i0, j0))
 
     def visit(state: State, at: tuple[Array]) -> tuple[State, None]:
         (j0,) = at
@@ -178,7 +177,7 @@ def _scan_row(
             return absorb(state, j0), None
         return loops.cond(j0 >= 0, absorb, lambda state, _: state, state, j0, xp=xp), None
 
-    zeros = xp.zeros((*call.batch, *q.shape[-4:-1], call.v.shape[-1]), dtype=call.acc)
+    zeros = xp.zeros((*call.batch, *heads, bq, call.v.shape[-1]), dtype=call.acc)
     state, _ = loops.scan(visit, empty(zeros, call.sinks, xp=xp), (visits,), xp=xp)
     return finish(call, state)
 
