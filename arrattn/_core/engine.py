@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from arrattn import patterns
 from arrattn._core import jobs, loops, native, staging
-from arrattn._core.fold import all_finite, enter, finish, fold, fold_finite, mark, start
+from arrattn._core.fold import all_finite, enter, finish, fold, fold_finite, mark_bad, start
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State, empty
 from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
@@ -138,8 +138,7 @@ class _Loop(NamedTuple):
 def _scan_tiles(call: SoftmaxInputs, loop: _Loop, tables: tuple[Array]) -> tuple[Array, Array]:
     xp, (bq, bk), nq = call.xp, loop.tile, call.lengths[0]
     q, k, v = (whole_tiles(x, n, xp) for x, n in ((call.q, bq), (call.k, bk), (call.v, bk)))
-    # A sum is finite only if every term is.
-    total = loops.one_for_all(lambda x: xp.sum(x, dtype=call.acc), v) if loop.hides else None
+    total = _total(call) if loop.hides else None
     # Heads are grouped within the loops: XLA copies what enters one with an axis of 1 before rows.
     q = xp.reshape(q, (*q.shape[:-4], math.prod(call.heads), *q.shape[-2:]))
     body = partial(_scan_row, call._replace(q=q, k=k, v=v), loop, call.heads, total)
@@ -151,10 +150,11 @@ def _scan_tiles(call: SoftmaxInputs, loop: _Loop, tables: tuple[Array]) -> tuple
 def _one_tile(call: SoftmaxInputs, hide: bool, tables: tuple[()]) -> tuple[Array, Array]:
     """A call of a single tile: no loop to compile."""
     del tables
-    state = start(call, call.q, call.k, call.v)
     q = enter(call, call.q, scale=call.scale)
-    run = (0, call.lengths[1], hide)
-    return finish(call, _fold_run(call, state, q, 0, run, None))
+    loop = _Loop(call.lengths, hide, gaps=False)
+    state = _unseen(call, call.heads, call.lengths[0])
+    total = _total(call) if hide else None
+    return finish(call, _absorb_traced(call, loop, total, state, q, (0, 0)))
 
 
 def _scan_row(
@@ -177,9 +177,18 @@ def _scan_row(
             return absorb(state, j0), None
         return loops.cond(j0 >= 0, absorb, lambda state, _: state, state, j0, xp=xp), None
 
-    zeros = xp.zeros((*call.batch, *heads, bq, call.v.shape[-1]), dtype=call.acc)
-    state, _ = loops.scan(visit, empty(zeros, call.sinks, xp=xp), (visits,), xp=xp)
+    state, _ = loops.scan(visit, _unseen(call, heads, bq), (visits,), xp=xp)
     return finish(call, state)
+
+
+def _total(call: SoftmaxInputs) -> Array:
+    """The sum of all values: finite only if every one is."""
+    return loops.one_for_all(lambda x: call.xp.sum(x, dtype=call.acc), call.v)
+
+
+def _unseen(call: SoftmaxInputs, heads: tuple[int, int], rows: int) -> State:
+    shape = (*call.batch, *heads, rows, call.v.shape[-1])
+    return empty(call.xp.zeros(shape, dtype=call.acc), call.sinks, xp=call.xp)
 
 
 def _absorb_traced(
@@ -188,8 +197,9 @@ def _absorb_traced(
     total: Array | None,
     state: State,
     q: Array,
-    at: tuple[Array, Array],
+    at: tuple[Any, Any],
 ) -> State:
+    """Absorb the tile at this query and key; `total` is that of all values, if pairs are hidden."""
     xp, (i0, j0), (bq, bk) = call.xp, at, loop.tile
 
     def pairs() -> TilePairs:
@@ -200,13 +210,16 @@ def _absorb_traced(
         return fold(call, state, q, k, v, pairs(), visible=None, finite=True)
     seen = call.pattern
 
-    def marked(state: State) -> State:
+    def bad(sums: Array) -> Array:
         # All is made anew here, or it would be kept for this branch, which is hardly ever taken.
-        return mark(call, state, loops.rows_at(call.v, j0, bk), seen.visible(pairs()))
+        return mark_bad(call, sums, loops.rows_at(call.v, j0, bk), seen.visible(pairs()))
 
-    state = fold_finite(call, state, q, k, v, pairs(), seen.visible(pairs()))
-    left: State = loops.cond(xp.isfinite(total), lambda state: state, marked, state, xp=xp)
-    return left
+    def mark(sums: Array) -> Array:
+        marked: Array = loops.cond(xp.isfinite(total), lambda sums: sums, bad, sums, xp=xp)
+        return marked
+
+    visible = seen.visible(pairs())
+    return fold_finite(call, state, q, k, v, pairs(), visible=visible, mark=mark)
 
 
 # -- Dask: blocks of its arrays ---------------------------------------------------------------

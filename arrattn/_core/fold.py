@@ -7,6 +7,7 @@ This step is written once; `engine` and `jobs` say how its loop runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from arrattn._core import loops, online_softmax
 from arrattn._core.inputs import SoftmaxInputs
@@ -103,24 +104,34 @@ def fold(
 
 
 def fold_finite(
-    call: SoftmaxInputs, state: State, q: Array, k: Array, v: Array, pairs: Pairs, visible: Array
+    call: SoftmaxInputs,
+    state: State,
+    q: Array,
+    k: Array,
+    v: Array,
+    pairs: Pairs,
+    *,
+    visible: Array,
+    mark: Callable[[Array], Array],
 ) -> State:
     """
-    `fold` without what is not finite in `v`; rows that see it are for `mark` to find.
+    `fold` without what is not finite in `v`: the sums of values go through `mark`, to find it.
     """
     xp = call.xp
     s = visible_scores(call, q, enter(call, k), pairs, None)
     v = enter(call, v)
     v = xp.where(xp.isfinite(v), v, 0)
-    return online_softmax.absorb(state, s, v, visible, xp=xp, finite=True)
+    return online_softmax.absorb_with(
+        state, s, visible, lambda p, _: mark(group_matmul(p, v, xp=xp)), xp=xp
+    )
 
 
-def mark(call: SoftmaxInputs, state: State, v: Array, visible: Array) -> State:
-    """NaN for the rows and channels of `state` that see a value which is not finite."""
-    xp, o = call.xp, state.o
-    hit = hits(visible, ~xp.isfinite(v), like=o, nk=v.shape[-2], xp=xp)
-    nan = xp.asarray(math.nan, dtype=o.dtype, device=loops.device_of(o))
-    return state._replace(o=xp.where(hit, nan, o))
+def mark_bad(call: SoftmaxInputs, sums: Array, v: Array, visible: Array) -> Array:
+    """Sums of values, NaN where a value that is not finite is seen."""
+    xp = call.xp
+    hit = hits(visible, ~xp.isfinite(v), like=sums, nk=v.shape[-2], xp=xp)
+    nan = xp.asarray(math.nan, dtype=sums.dtype, device=loops.device_of(sums))
+    return xp.where(hit, nan, sums)
 
 
 def finish(call: SoftmaxInputs, state: State) -> tuple[Array, Array]:

@@ -282,7 +282,7 @@ def one_for_all(function: Callable[[Array], Array], x: Array) -> Array:
     return answer
 
 
-def rows_at(x: Array, start: Array, n: int) -> Array:
+def rows_at(x: Array, start: int | Array, n: int) -> Array:
     """`n` entries along the last axis but one from a traced `start` on; JAX alone traces."""
     import jax
 
