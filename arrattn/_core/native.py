@@ -109,23 +109,13 @@ def at_once(q: Array, k: Array, v: Array, is_causal: bool) -> Array | None:
     if any(x.device.type != "cpu" or x.stride(-1) != 1 for x in arrays) or any(_transforms(arrays)):
         return None
     options = {"is_causal": is_causal and nq > 1, "scale": d**-0.5}
-    if not (_are_moderate(q, k, v, d**-0.5) and _takes_flash((q, k, v), options)):
+    try:
+        fit = not any(_unfit_sizes(q, k, v, d**-0.5, q.dtype))
+    except RuntimeError:  # of tensors without values
+        return None
+    if not fit or not _takes_flash((q, k, v), options):
         return None
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-
-
-def _are_moderate(q: Array, k: Array, v: Array, scale: float) -> bool:
-    """Whether values are finite, and so are scores; no where norms are too large to tell."""
-    import torch
-
-    try:
-        norms = [float(torch.linalg.vector_norm(x.detach())) for x in (q, k, v)]
-    except RuntimeError:  # of tensors without values
-        return False
-    # No magnitude is larger than the norm: what is moderate here has nothing in `_unfit_values`.
-    score: float = norms[0] * norms[1] * q.shape[-1] * max(1.0, scale)
-    most = torch.finfo(q.dtype).max
-    return bool(score <= most and norms[2] <= most)
 
 
 def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
@@ -178,22 +168,26 @@ def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
     where they are infinite or NaN, and a row with nothing but NaN for scores may come out 0.
     (On a GPU these questions would wait for the device.)
     """
-    import torch
-
-    keys = slice(0, sight.nk)
     try:
-        q, k, v = map(_size, (call.q, call.k[..., keys, :], call.v[..., keys, :]))
-        found = []
-        if not math.isfinite(q + k + v):
-            found.append("q, k or v holds a value that is not finite")
-        elif q * k * call.q.shape[-1] * max(1.0, abs(call.scale)) > torch.finfo(call.acc).max:
-            found.append("a score may overflow")
+        k, v = (x[..., : sight.nk, :] for x in (call.k, call.v))
+        found = list(_unfit_sizes(call.q, k, v, call.scale, call.acc))
         # Its sum is NaN, too, where -inf meets inf.
         if call.bias is not None and math.isnan(call.bias.detach().sum(dtype=call.acc).item()):
             found.append("bias holds NaN")
     except RuntimeError:  # of tensors without values, as tracing makes them
         return ["the values of q, k and v cannot be looked at here"]
     return found
+
+
+def _unfit_sizes(q: Array, k: Array, v: Array, scale: float, acc: Any) -> Iterator[str]:
+    import torch
+
+    width = q.shape[-1]
+    largest_q, largest_k, largest_v = map(_size, (q, k, v))
+    if not math.isfinite(largest_q + largest_k + largest_v):
+        yield "q, k or v holds a value that is not finite"
+    elif largest_q * largest_k * width * max(1.0, abs(scale)) > torch.finfo(acc).max:
+        yield "a score may overflow"
 
 
 def _size(x: Array) -> float:
