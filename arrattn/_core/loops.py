@@ -39,11 +39,12 @@ def schedule(xp: Namespace) -> str:
 
 def device_of(x: Array) -> Device:
     """The device to create arrays beside `x` on; None under tracing, where JAX places them."""
-    if compat.is_jax_array(x) and not is_concrete(x):
-        return None
-    device = compat.device(x)
     # Dask and NumPy arrays live on "cpu", a name their creation functions do not all take.
-    return None if compat.is_dask_array(x) or compat.is_numpy_array(x) else device
+    if compat.is_numpy_array(x) or compat.is_dask_array(x):
+        return None
+    if compat.is_torch_array(x):  # what `compat.device` says, after asking for all others
+        return x.device
+    return None if compat.is_jax_array(x) and not is_concrete(x) else compat.device(x)
 
 
 def is_concrete(x: Array) -> bool:
