@@ -210,13 +210,17 @@ def _absorb_traced(
         return fold(call, state, q, k, v, pairs(), visible=None, finite=True)
     seen = call.pattern
 
-    def bad(sums: Array) -> Array:
+    def bad(rows: Array, shape: tuple[int, ...]) -> Array:
         # All is made anew here, or it would be kept for this branch, which is hardly ever taken.
-        return mark_bad(call, sums, loops.rows_at(call.v, j0, bk), seen.visible(pairs()))
+        sums, values = xp.reshape(rows, shape), loops.rows_at(call.v, j0, bk)
+        return xp.reshape(mark_bad(call, sums, values, seen.visible(pairs())), rows.shape)
 
     def mark(sums: Array) -> Array:
-        marked: Array = loops.cond(xp.isfinite(total), lambda sums: sums, bad, sums, xp=xp)
-        return marked
+        *lead, g, n, dv = sums.shape
+        rows = xp.reshape(sums, (*lead, g * n, dv))  # as heads above
+        marks = partial(bad, shape=sums.shape)
+        rows = loops.cond(xp.isfinite(total), lambda rows: rows, marks, rows, xp=xp)
+        return xp.reshape(rows, sums.shape)
 
     visible = seen.visible(pairs())
     return fold_finite(call, state, q, k, v, pairs(), visible=visible, mark=mark)
