@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from arrattn._core import jobs, native
 from arrattn._core.engine import attend
 from arrattn._core.inputs import read_softmax
-from arrattn._core.jobs import at_once
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
@@ -144,9 +144,10 @@ def attention(
     """
     bare = mask is bias is window is kv_lengths is segment_ids is pattern is None
     bare = bare and q_offset is scale is softcap is sinks is None
-    if bare and is_causal is return_lse is False and engine == "auto":
+    if bare and isinstance(is_causal, bool) and return_lse is False and engine == "auto":
         # What a small call costs is its checks.
-        out = at_once(q, k, v)
+        out = None if is_causal else jobs.at_once(q, k, v)
+        out = native.at_once(q, k, v, is_causal) if out is None else out
         if out is not None:
             return out
     call = read_softmax(

@@ -114,3 +114,38 @@ def test_a_second_call_of_the_same_shape_traces_nothing(family: str) -> None:
     for _ in range(3):
         compiled(*map(jnp.asarray, arrays()))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_loop_over_tiles_has_one_body(mapped: bool) -> None:
+    # What XLA takes to compile grows with the bodies, and under vmap a branch that is hardly
+    # ever taken would be computed beside the other if each item chose for itself.
+    like = jax.ShapeDtypeStruct((2, 1, 2048, 8), jnp.float32)
+
+    def function(*a: Any) -> Any:
+        return attention(*a, is_causal=True)
+
+    program = str(jax.make_jaxpr(jax.vmap(function) if mapped else function)(like, like, like))
+    assert program.count("dot_general[") == 3  # scores, sums of values, who sees a bad one
+    assert program.count("cond[") == 2  # whether to visit, whether any value is bad
+
+
+@pytest.mark.parametrize("key", [0, 10])  # 10: some of its tile see it
+def test_a_bad_value_stays_with_who_sees_it(key: int) -> None:
+    q, k, v = arrays(13)
+    v[1, :, key] = np.nan
+    expected = np.asarray(attention(q, k, v, is_causal=True))
+    tiled = jax.vmap(lambda *a: in_tiles((4, 3))(*a, is_causal=True))
+    got = np.asarray(tiled(*map(jnp.asarray, (q, k, v))))
+    finite = np.isfinite(expected)
+    assert not finite.all()
+    assert np.array_equal(np.isfinite(got), finite)
+    within = 2 * output_error(q, k, np.nan_to_num(v), dtype="float64")
+    close(got[finite], expected[finite], within=within)
+
+
+def test_values_whose_sum_overflows_are_summed_all_the_same() -> None:
+    q, k, v = arrays(13)
+    v = np.full_like(v, 1e306)  # 312 of them
+    got = in_tiles((4, 3))(*map(jnp.asarray, (q, k, v)), is_causal=True)
+    close(np.asarray(got), v, within=2 * output_error(q, k, v, dtype="float64"))

@@ -354,3 +354,52 @@ def test_the_results_bits_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(was)
     assert all(torch.equal(results[0], x) for x in results)
+
+
+# -- Calls without options, checked in one go --------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_a_plain_call_is_what_the_door_makes_of_it(n: int, causal: bool) -> None:
+    q, k, v = (randn(2, 3, n, 8, dtype=torch.float32, seed=i) for i in range(3))
+    run = taken(q, k, v, is_causal=causal).run
+    got = native.at_once(q, k, v, causal)
+    assert run is not None
+    assert got is not None
+    np.testing.assert_array_equal(got.numpy(), run().reshape(q.shape).numpy())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("spoil", [0, 1, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_plain_call_with_values_that_do_not_fit(value: float, spoil: int, causal: bool) -> None:
+    arrays = [randn(1, 2, 7, 4, seed=i) for i in range(3)]
+    arrays[spoil][..., -1, 0] = value
+    got, tiles = (
+        attention(*arrays, is_causal=causal, engine=engine).numpy() for engine in ("auto", "tiles")
+    )
+    np.testing.assert_array_equal(got, tiles)
+
+
+X = randn(1, 2, 6, 4)
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "scores that may overflow": (X * 1e154, X * 1e154, X, False),
+    "positions": (X[..., :3, :], X, X, True),
+    "grouped heads": (torch.cat([X, X], 1), X, X, False),
+    "broadcast items": (torch.cat([X, X]), X, X, False),
+    "three axes": (X[0], X[0], X[0], False),
+    "two dtypes": (X, X.float(), X, False),
+    "half precision": (X.half(), X.half(), X.half(), False),
+    "wide values": (X, X, torch.cat([X, X], -1), False),
+    "no keys": (X, X[..., :0, :], X[..., :0, :], False),
+    "rows apart": (X.mT.contiguous().mT, X, X, False),
+    "no tensors": (X.numpy(), X.numpy(), X.numpy(), False),
+    "two libraries": (X, X.numpy(), X, False),
+    "parameters": (torch.nn.Parameter(X), X, X, False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_others_go_through_the_door(name: str) -> None:
+    assert native.at_once(*OTHERS[name]) is None

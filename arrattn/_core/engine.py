@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from arrattn import patterns
 from arrattn._core import jobs, loops, native, staging
-from arrattn._core.fold import all_finite, enter, finish, fold, start
+from arrattn._core.fold import all_finite, enter, finish, fold, fold_finite, mark_bad, start
 from arrattn._core.inputs import SoftmaxInputs
-from arrattn._core.online_softmax import State
+from arrattn._core.online_softmax import State, empty
 from arrattn._core.plan import FULL, PARTIAL, Plan, choose_tile, make_plan
-from arrattn._core.tiles import TilePairs, stack_tiles, unstack_rows
+from arrattn._core.tiles import TilePairs, unstack_rows, whole_tiles
 from arrattn._core.typing import Array
 from arrattn.patterns import Pattern
 
@@ -117,56 +117,113 @@ def _attend_scan(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Arr
     if plan.kinds.size == 1:
         out, lse = staging.traced(_one_tile, call, bool(plan.kinds.flat[0] != FULL))
         return out, lse
-    tables = tuple(call.xp.asarray(x) for x in plan.visits())
-    out, lse = staging.traced(_scan_tiles, call, plan.tile, tables)
+    visits = plan.visits()
+    loop = _Loop(plan.tile, bool((plan.kinds == PARTIAL).any()), bool((visits < 0).any()))
+    out, lse = staging.traced(_scan_tiles, call, loop, (visits,))
     return out, lse
 
 
-def _scan_tiles(
-    call: SoftmaxInputs, tile: tuple[int, int], tables: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    xp, (bq, bk), (visits, kinds) = call.xp, tile, tables
-    k_tiles, v_tiles = stack_tiles(call.k, bk, xp), stack_tiles(call.v, bk, xp)
-    body = partial(_scan_row, call, k_tiles, v_tiles, bk)
-    starts = xp.arange(visits.shape[0], dtype=visits.dtype) * bq
-    tiles = (stack_tiles(call.q, bq, xp), starts, visits, kinds)
-    out, lse = loops.map_rematerialised(body, tiles)
-    return unstack_rows(out, lse, call.lengths[0], xp)
+class _Loop(NamedTuple):
+    """
+    A traced loop over tiles: whether any `hides` a pair, and whether there are `gaps` to skip.
+
+    A loop has one body, for all that it visits: XLA takes its time for each.
+    """
+
+    tile: tuple[int, int]
+    hides: bool
+    gaps: bool
+
+
+def _scan_tiles(call: SoftmaxInputs, loop: _Loop, tables: tuple[Array]) -> tuple[Array, Array]:
+    xp, (bq, bk), nq = call.xp, loop.tile, call.lengths[0]
+    q, k, v = (whole_tiles(x, n, xp) for x, n in ((call.q, bq), (call.k, bk), (call.v, bk)))
+    total = _total(call) if loop.hides else None
+    # Heads are grouped within the loops: XLA copies what enters one with an axis of 1 before rows.
+    q = xp.reshape(q, (*q.shape[:-4], math.prod(call.heads), *q.shape[-2:]))
+    body = partial(_scan_row, call._replace(q=q, k=k, v=v), loop, call.heads, total)
+    starts = np.arange(0, nq, bq, dtype=np.int32)
+    out, lse = loops.map_rematerialised(body, (starts, *tables))
+    return unstack_rows(out, lse, nq, xp)
 
 
 def _one_tile(call: SoftmaxInputs, hide: bool, tables: tuple[()]) -> tuple[Array, Array]:
     """A call of a single tile: no loop to compile."""
     del tables
-    state = start(call, call.q, call.k, call.v)
     q = enter(call, call.q, scale=call.scale)
-    run = (0, call.lengths[1], hide)
-    return finish(call, _fold_run(call, state, q, 0, run, None))
+    loop = _Loop(call.lengths, hide, gaps=False)
+    state = _unseen(call, call.heads, call.lengths[0])
+    total = _total(call) if hide else None
+    return finish(call, _absorb_traced(call, loop, total, state, q, (0, 0)))
 
 
 def _scan_row(
-    call: SoftmaxInputs, k_tiles: Array, v_tiles: Array, bk: int, row: Any
+    call: SoftmaxInputs,
+    loop: _Loop,
+    heads: tuple[int, int],
+    total: Array | None,
+    row: tuple[Array, Array],
 ) -> tuple[Array, Array]:
-    rows, i0, visits, kinds = row
-    q = enter(call, rows, scale=call.scale)
+    (i0, visits), xp, bq = row, call.xp, loop.tile[0]
+    q = enter(call, loops.rows_at(call.q, i0, bq), scale=call.scale)
 
-    def visit(state: State, at: tuple[Array, Array]) -> tuple[State, None]:
-        u, kind = at
-        pairs = TilePairs(i0, q.shape[-2], u * bk, bk, call.offset, xp=call.xp, device=None)
+    def absorb(state: State, j0: Array) -> State:
+        rows = xp.reshape(q, (*q.shape[:-3], *heads, *q.shape[-2:]))
+        return _absorb_traced(call, loop, total, state, rows, (i0, j0))
 
-        def skip(state: State) -> State:
-            return state
+    def visit(state: State, at: tuple[Array]) -> tuple[State, None]:
+        (j0,) = at
+        if not loop.gaps:
+            return absorb(state, j0), None
+        return loops.cond(j0 >= 0, absorb, lambda state, _: state, state, j0, xp=xp), None
 
-        def partly(state: State) -> State:
-            seen = None if call.pattern is None else call.pattern.visible(pairs)
-            return fold(call, state, q, k_tiles[u], v_tiles[u], pairs, visible=seen, finite=None)
-
-        def fully(state: State) -> State:
-            return fold(call, state, q, k_tiles[u], v_tiles[u], pairs, visible=None, finite=None)
-
-        return loops.switch(kind, (skip, partly, fully), state), None
-
-    state, _ = loops.scan(visit, start(call, rows, call.k, call.v), (visits, kinds), xp=call.xp)
+    state, _ = loops.scan(visit, _unseen(call, heads, bq), (visits,), xp=xp)
     return finish(call, state)
+
+
+def _total(call: SoftmaxInputs) -> Array:
+    """The sum of all values: finite only if every one is."""
+    return loops.one_for_all(lambda x: call.xp.sum(x, dtype=call.acc), call.v)
+
+
+def _unseen(call: SoftmaxInputs, heads: tuple[int, int], rows: int) -> State:
+    shape = (*call.batch, *heads, rows, call.v.shape[-1])
+    return empty(call.xp.zeros(shape, dtype=call.acc), call.sinks, xp=call.xp)
+
+
+def _absorb_traced(
+    call: SoftmaxInputs,
+    loop: _Loop,
+    total: Array | None,
+    state: State,
+    q: Array,
+    at: tuple[Any, Any],
+) -> State:
+    """Absorb the tile at this query and key; `total` is that of all values, if pairs are hidden."""
+    xp, (i0, j0), (bq, bk) = call.xp, at, loop.tile
+
+    def pairs() -> TilePairs:
+        return TilePairs(i0, bq, j0, bk, call.offset, xp=xp, device=None)
+
+    k, v = loops.rows_at(call.k, j0, bk), loops.rows_at(call.v, j0, bk)
+    if total is None or call.pattern is None:
+        return fold(call, state, q, k, v, pairs(), visible=None, finite=True)
+    seen = call.pattern
+
+    def bad(rows: Array, shape: tuple[int, ...]) -> Array:
+        # All is made anew here, or it would be kept for this branch, which is hardly ever taken.
+        sums, values = xp.reshape(rows, shape), loops.rows_at(call.v, j0, bk)
+        return xp.reshape(mark_bad(call, sums, values, seen.visible(pairs())), rows.shape)
+
+    def mark(sums: Array) -> Array:
+        *lead, g, n, dv = sums.shape
+        rows = xp.reshape(sums, (*lead, g * n, dv))  # as heads above
+        marks = partial(bad, shape=sums.shape)
+        rows = loops.cond(xp.isfinite(total), lambda rows: rows, marks, rows, xp=xp)
+        return xp.reshape(rows, sums.shape)
+
+    visible = seen.visible(pairs())
+    return fold_finite(call, state, q, k, v, pairs(), visible=visible, mark=mark)
 
 
 # -- Dask: blocks of its arrays ---------------------------------------------------------------

@@ -239,7 +239,7 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
     reasons.check()
     reasons.arrays = {n: named[n] for n in ("q", "k", "v")}
     xp = compat.array_namespace(named["q"])
-    arrays = {n: x for n, x in named.items() if is_array(x)}
+    arrays = {n: x for n, x in named.items() if x is not None and is_array(x)}
     for name, x in arrays.items():
         other = xp if type(x) is type(named["q"]) else compat.array_namespace(x)
         if other is not xp:
@@ -251,11 +251,11 @@ def read_namespace(named: dict[str, Any], reasons: Reasons) -> tuple[Namespace, 
     reasons.check()
     device = loops.device_of(named["q"])
     for name, x in arrays.items() if device is not None else ():
-        if loops.device_of(x) not in (None, device):
+        own = loops.device_of(x)
+        if own is not None and own != device:
             reasons.add(
                 TypeError,
-                f"{name}: expected an array on the device of q ({device}), "
-                f"got one on {loops.device_of(x)}",
+                f"{name}: expected an array on the device of q ({device}), got one on {own}",
             )
     reasons.check()
     return xp, device
@@ -289,7 +289,7 @@ def read_qkv(
                 f"{name}: expected the dtype of q ({dtype_name(q.dtype)}), "
                 f"got {dtype_name(x.dtype)}",
             )
-        if any(not isinstance(n, Integral) for n in x.shape):
+        if any(type(n) is not int and not isinstance(n, Integral) for n in x.shape):
             reasons.add(ValueError, f"{name}: expected known lengths, got shape {x.shape}")
     reasons.check()
     no_head = q.ndim == k.ndim == v.ndim == 2
@@ -345,8 +345,9 @@ def read_number(name: str, x: object, reasons: Reasons, *, positive: bool) -> fl
 
 def read_flag(name: str, x: object, reasons: Reasons) -> bool:
     """True or False, and nothing that merely looks so."""
-    if not isinstance(x, bool | np.bool_):
-        reasons.add(TypeError, f"{name}: expected True or False, got {describe(x)}")
+    if isinstance(x, bool | np.bool_):
+        return bool(x)
+    reasons.add(TypeError, f"{name}: expected True or False, got {describe(x)}")
     return bool(x) if not is_array(x) else False
 
 

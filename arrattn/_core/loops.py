@@ -39,11 +39,12 @@ def schedule(xp: Namespace) -> str:
 
 def device_of(x: Array) -> Device:
     """The device to create arrays beside `x` on; None under tracing, where JAX places them."""
-    if compat.is_jax_array(x) and not is_concrete(x):
-        return None
-    device = compat.device(x)
     # Dask and NumPy arrays live on "cpu", a name their creation functions do not all take.
-    return None if compat.is_dask_array(x) or compat.is_numpy_array(x) else device
+    if compat.is_numpy_array(x) or compat.is_dask_array(x):
+        return None
+    if compat.is_torch_array(x):  # what `compat.device` says, after asking for all others
+        return x.device
+    return None if compat.is_jax_array(x) and not is_concrete(x) else compat.device(x)
 
 
 def is_concrete(x: Array) -> bool:
@@ -92,11 +93,11 @@ def stop_gradient(x: Array) -> Array:
 
 def cond(
     predicate: Array,
-    yes: Callable[..., Array],
-    no: Callable[..., Array],
-    *args: Array,
+    yes: Callable[..., Any],
+    no: Callable[..., Any],
+    *args: Any,
     xp: Namespace,
-) -> Array:
+) -> Any:
     """``yes(*args) if predicate else no(*args)``, also where the predicate is traced or lazy."""
     known = truth(predicate)
     if known is not None:
@@ -263,11 +264,31 @@ def recomputed(function: Callable[..., Any], *args: Any, xp: Namespace) -> Any:
     return function(*args)
 
 
-def switch(index: Array, branches: Sequence[Callable[..., Any]], *args: Any) -> Any:
-    """One of `branches`, chosen by a traced `index`; JAX alone traces."""
+def one_for_all(function: Callable[[Array], Array], x: Array) -> Array:
+    """
+    ``function(x)``, a scalar about all of `x`; JAX alone traces.
+
+    Under ``jax.vmap`` it is one for all items: of a `cond` on one for each, both branches
+    would be computed.
+    """
     import jax
 
-    return jax.lax.switch(index, branches, *args)
+    def mapped(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+        del axis_size, in_batched
+        return one_for_all(function, x), False
+
+    whole = jax.custom_batching.custom_vmap(function)
+    whole.def_vmap(mapped)
+    answer: Array = whole(jax.lax.stop_gradient(x))
+    return answer
+
+
+def rows_at(x: Array, start: int | Array, n: int) -> Array:
+    """`n` entries along the last axis but one from a traced `start` on; JAX alone traces."""
+    import jax
+
+    rows: Array = jax.lax.dynamic_slice_in_dim(x, start, n, axis=x.ndim - 2)
+    return rows
 
 
 def map_rematerialised(body: Callable[..., Any], xs: Any) -> Any:

@@ -87,9 +87,38 @@ def _torch(call: SoftmaxInputs) -> Fused:
     return Fused(kernel, (), slower, partial(_run_torch, call, arrays, options))
 
 
-def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
+def at_once(q: Array, k: Array, v: Array, is_causal: bool) -> Array | None:
+    """
+    Attention of torch tensors with no other options, checked and computed in one go.
+
+    None where the tensors are not plainly right, for the door to say what they are. What a
+    short call costs is its checks; this makes those of `_torch` that are left to make.
+    """
+    if not compat.is_torch_array(q):
+        return None
     import torch
 
+    if not (type(q) is type(k) is type(v) is torch.Tensor and q.dtype == k.dtype == v.dtype):
+        return None
+    if q.dtype not in (torch.float32, torch.float64) or q.ndim != 4 or k.shape != v.shape:
+        return None
+    (*lead, nq, d), (*key_lead, nk, key_d) = q.shape, k.shape
+    if lead != key_lead or d != key_d or (is_causal and nq != nk) or 0 in (*lead, nq, nk, d):
+        return None
+    arrays = [q, k, v]
+    if any(x.device.type != "cpu" or x.stride(-1) != 1 for x in arrays) or any(_transforms(arrays)):
+        return None
+    options = {"is_causal": is_causal and nq > 1, "scale": d**-0.5}
+    try:
+        fit = not any(_unfit_sizes(q, k, v, d**-0.5, q.dtype))
+    except RuntimeError:  # of tensors without values
+        return None
+    if not fit or not _takes_flash((q, k, v), options):
+        return None
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
     d, dv = call.q.shape[-1], call.v.shape[-1]
     if call.q.device.type != "cpu":
         yield f"it has not been verified on {call.q.device.type} devices"
@@ -101,8 +130,13 @@ def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
         yield "it knows no softcap"
     if d != dv or d == 0:
         yield f"it takes keys and values of one width, not {d} and {dv}"
-    arrays = [x for x in (call.q, call.k, call.v, call.bias) if x is not None]
-    # Its first derivative in reverse is all that it has, and transforms may ask for any other.
+    yield from _transforms([x for x in (call.q, call.k, call.v, call.bias) if x is not None])
+
+
+def _transforms(arrays: list[Array]) -> Iterator[str]:
+    """Its first derivative in reverse is all that it has, and transforms may ask for any other."""
+    import torch
+
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, arrays)):
         yield "it does not go through the transforms of torch.func"
     elif any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in arrays):
@@ -134,22 +168,26 @@ def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
     where they are infinite or NaN, and a row with nothing but NaN for scores may come out 0.
     (On a GPU these questions would wait for the device.)
     """
-    import torch
-
-    keys = slice(0, sight.nk)
     try:
-        q, k, v = map(_size, (call.q, call.k[..., keys, :], call.v[..., keys, :]))
-        found = []
-        if not math.isfinite(q + k + v):
-            found.append("q, k or v holds a value that is not finite")
-        elif q * k * call.q.shape[-1] * max(1.0, abs(call.scale)) > torch.finfo(call.acc).max:
-            found.append("a score may overflow")
+        k, v = (x[..., : sight.nk, :] for x in (call.k, call.v))
+        found = list(_unfit_sizes(call.q, k, v, call.scale, call.acc))
         # Its sum is NaN, too, where -inf meets inf.
         if call.bias is not None and math.isnan(call.bias.detach().sum(dtype=call.acc).item()):
             found.append("bias holds NaN")
     except RuntimeError:  # of tensors without values, as tracing makes them
         return ["the values of q, k and v cannot be looked at here"]
     return found
+
+
+def _unfit_sizes(q: Array, k: Array, v: Array, scale: float, acc: Any) -> Iterator[str]:
+    import torch
+
+    width = q.shape[-1]
+    largest_q, largest_k, largest_v = map(_size, (q, k, v))
+    if not math.isfinite(largest_q + largest_k + largest_v):
+        yield "q, k or v holds a value that is not finite"
+    elif largest_q * largest_k * width * max(1.0, abs(scale)) > torch.finfo(acc).max:
+        yield "a score may overflow"
 
 
 def _size(x: Array) -> float:

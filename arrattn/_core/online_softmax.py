@@ -114,5 +114,5 @@ def finish(state: State, *, xp: Namespace) -> tuple[Array, Array]:
 
 
 def _finite(m: Array, *, xp: Namespace) -> Array:
-    """`m`, or 0 where nothing has been seen, so that no ``-inf - -inf`` arises."""
-    return xp.where(m == -math.inf, xp.zeros_like(m), m)
+    """`m`, or the least number where nothing has been seen: no ``-inf - -inf`` arises."""
+    return xp.maximum(m, float(xp.finfo(m.dtype).min))

@@ -78,13 +78,15 @@ class Plan(NamedTuple):
         )
         return join_runs(visited, pairs // max(i1 - i0, 1), apart=apart)
 
-    def visits(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def visits(self) -> np.ndarray[Any, Any]:
         """
-        The visited key tiles of each query tile, and their kinds, padded with EMPTY.
+        Where the visited key tiles of each query tile begin, padded with -1.
         """
-        most = max(int((self.kinds > 0).sum(-1).max(initial=0)), 1)
-        order = np.argsort(self.kinds == EMPTY, axis=-1, kind="stable")[:, :most]
-        return order.astype(np.int32), np.take_along_axis(self.kinds, order, -1).astype(np.int32)
+        visited = self.kinds != EMPTY
+        most = max(int(visited.sum(-1).max(initial=0)), 1)
+        order = np.argsort(~visited, axis=-1, kind="stable")[:, :most]
+        starts = np.where(np.take_along_axis(visited, order, -1), self.starts[1][order], -1)
+        return starts.astype(np.int32)
 
 
 def join_runs(

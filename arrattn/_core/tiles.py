@@ -75,12 +75,18 @@ def take_rows(x: Array, i: Array, *, xp: Namespace) -> Array:
     return xp.reshape(xp.take(x, xp.reshape(rows, (-1,)), axis=0), (*lead, i.shape[-2], d))
 
 
+def whole_tiles(x: Array, size: int, xp: Namespace) -> Array:
+    """``(..., N, D)``, padded with zeros to a multiple of `size` rows."""
+    missing = -x.shape[-2] % size
+    if not missing:
+        return x
+    pad = xp.zeros((*x.shape[:-2], missing, x.shape[-1]), dtype=x.dtype)
+    return xp.concat([x, pad], axis=-2)
+
+
 def stack_tiles(x: Array, size: int, xp: Namespace) -> Array:
     """``(..., N, D)`` as tiles ``(N / size, ..., size, D)``, the last padded with zeros."""
-    missing = -x.shape[-2] % size
-    if missing:
-        pad = xp.zeros((*x.shape[:-2], missing, x.shape[-1]), dtype=x.dtype)
-        x = xp.concat([x, pad], axis=-2)
+    x = whole_tiles(x, size, xp)
     x = xp.reshape(x, (*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1]))
     return xp.moveaxis(x, -3, 0)
 
@@ -127,8 +133,8 @@ class _Rows:
         self, i0: int | Array, nq: int, offset: int | Array, *, xp: Namespace, device: Device
     ) -> None:
         self.xp, self.device, self.i0, self.nq = xp, device, i0, nq
-        i = xp.reshape(xp.arange(nq, device=device), (nq, 1)) + i0
-        self.p = i + offset  # (nq, 1) or (..., 1, 1, nq, 1)
+        i = xp.reshape(xp.arange(nq, device=device), (nq, 1))
+        self.p = i + (i0 + offset)  # (nq, 1) or (..., 1, 1, nq, 1)
 
     def of_batch(self, x: Array) -> Array:
         return self.xp.reshape(x, (*x.shape, 1, 1, 1, 1))
@@ -278,11 +284,16 @@ def sees(visible: Array, bad: Array, *, like: Array, nk: int, xp: Namespace) -> 
     """
 
     def count(visible: Array, bad: Array) -> Array:
-        pairs = xp.astype(xp.broadcast_to(visible, (*like.shape[:-1], nk)), like.dtype)
-        return group_matmul(pairs, xp.astype(bad, like.dtype), xp=xp) > 0
+        return hits(visible, bad, like=like, nk=nk, xp=xp)
 
     def none(visible: Array, bad: Array) -> Array:
         del visible, bad
         return xp.zeros(like.shape, dtype=xp.bool, device=loops.device_of(like))
 
     return loops.cond(xp.any(bad), count, none, visible, bad, xp=xp)
+
+
+def hits(visible: Array, bad: Array, *, like: Array, nk: int, xp: Namespace) -> Array:
+    """What `sees` says, by a product in any case."""
+    pairs = xp.astype(xp.broadcast_to(visible, (*like.shape[:-1], nk)), like.dtype)
+    return group_matmul(pairs, xp.astype(bad, like.dtype), xp=xp) > 0
