@@ -256,6 +256,21 @@ def test_blocks_that_tie_are_taken_from_the_first(lane: Lane, per: str) -> None:
         assert (found[..., i, :] == expected).all(), (i, found[..., i, :])
 
 
+@pytest.mark.parametrize("per", ["query", "block", "group"])
+@pytest.mark.parametrize("how", [
+    {}, {"scale": -0.3}, {"block_size": 16}, {"is_causal": False}, {"score": "bound"},
+    {"score": "bound", "scale": -0.3, "block_size": 11},
+], ids=str)  # fmt: skip
+def test_whole_numbers_tie_where_they_should(lane: Lane, per: str, how: dict[str, Any]) -> None:
+    how = {"select": "blocks", "per": per, "is_causal": True, "return_selection": True} | how
+    rng = np.random.default_rng(0)
+    q, k = (rng.integers(-2, 3, (8, heads, 130, 4)).astype(float) for heads in (4, 2))
+    v = rng.normal(size=(8, 2, 130, 3))
+    _, found = lane.call(sparse_attention, q, k, v, dtype="float64", **how)
+    _, expected = reference.sparse_attention(q, k, v, **how)
+    np.testing.assert_array_equal(lane.to_numpy(found), expected)
+
+
 # -- Theory -----------------------------------------------------------------------------------
 
 

@@ -157,8 +157,9 @@ def guides(call: SoftmaxInputs, choice: Choice) -> Array | None:
     """
     What queries are held against to score blocks, (..., Hkv, G | 1, nb, width).
 
-    Made of each block's finite keys that some query sees: for "mean" their mean, for
-    "bound" their largest and their smallest number in each channel, one after the other.
+    Made of each block's finite keys that some query sees: for "mean" their sum, and how many
+    they are in one more column, for "bound" their largest and their smallest number in each
+    channel, one after the other.
     One key that is not finite would else decide where everyone searches, also those who do
     not see it.
     """
@@ -174,7 +175,7 @@ def guides(call: SoftmaxInputs, choice: Choice) -> Array | None:
     if choice.score == "mean":
         kept = xp.where(seen, k, xp.zeros_like(k))
         totals = xp.sum(blocked(kept, size, axis=-2, xp=xp), axis=-2)
-        return totals / xp.maximum(counts, xp.ones_like(counts))
+        return xp.concat([totals, xp.maximum(counts, xp.ones_like(counts))], axis=-1)
     inf = xp.asarray(math.inf, dtype=k.dtype, device=loops.device_of(k))
     parts = []
     for extreme, fill in ((xp.max, -math.inf), (xp.min, math.inf)):
@@ -206,7 +207,11 @@ def block_scores(
     rows: Rows,
     finite: bool | None,
 ) -> Array:
-    """Scores of all blocks for each query ``q (..., Hkv, G, n, D)``: (..., Hkv, G, n, nb)."""
+    """
+    Scores of all blocks for each query ``q (..., Hkv, G, n, D)``: (..., Hkv, G, n, nb).
+
+    Those by guides have still to be `scaled`, but for heads of a group with guides of their own.
+    """
     xp, given = call.xp, call.block_scores
     if choice.score == "best":
         return _best_scores(call, choice, q, rows, finite)
@@ -214,14 +219,31 @@ def block_scores(
         blocks = xp.reshape(xp.arange(given.shape[-1], device=call.device), (1, -1))  # type: ignore[union-attr]
         return fold.enter(call, rows.picked(call, blocks).of_pairs(given))
     if choice.score == "bound":
-        q = q * call.scale
+        q = q if call.scale >= 0 else -q
         zero = xp.zeros_like(q)
         q = xp.concat([xp.maximum(q, zero), xp.minimum(q, zero)], axis=-1)
+    keys = guide[..., : q.shape[-1]]
     if guide.shape[-3] == 1:
-        s = group_matmul(q, xp.matrix_transpose(xp.squeeze(guide, axis=-3)), xp=xp)
+        s = group_matmul(q, xp.matrix_transpose(xp.squeeze(keys, axis=-3)), xp=xp)
     else:
-        s = xp.matmul(q, xp.matrix_transpose(guide))
-    return s if choice.score == "bound" else s * call.scale
+        s = xp.matmul(q, xp.matrix_transpose(keys))
+    return scaled(s, call, choice, guide) if _apart(choice, guide) else s
+
+
+def _apart(choice: Choice, guide: Array) -> bool:
+    """Whether heads choose together whose guides may be of unlike numbers of keys."""
+    return choice.per == "group" and bool(guide.shape[-3] > 1)
+
+
+def scaled(s: Array, call: SoftmaxInputs, choice: Choice, guide: Array) -> Array:
+    """
+    Scores by guides, times the scale, and those by sums over the number of keys.
+
+    This comes last, after sums: products of whole numbers, which it rounds, then tie as they do.
+    """
+    if choice.score == "bound":
+        return s * abs(call.scale)
+    return s / call.xp.matrix_transpose(guide[..., -1:]) * call.scale
 
 
 def _best_scores(
@@ -331,6 +353,8 @@ def choose_blocks(
     s = _for_all(call, choice, rows) if choice.score == "given" else None
     if s is None:
         s, may = together(block_scores(call, choice, guide, q, rows, finite), may, choice, xp=xp)
+        if guide is not None and not _apart(choice, guide):
+            s = scaled(s, call, choice, guide)
     else:
         shape = (*call.batch, *call.heads, rows.n, nb)
         _, may = together(xp.zeros(shape, dtype=s.dtype, device=call.device), may, choice, xp=xp)

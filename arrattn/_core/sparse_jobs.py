@@ -226,7 +226,7 @@ class Head:
         return cls(call, choice, into, k, v, calm=reach <= CALM, heads=heads)
 
     def _guide(self) -> Array | None:
-        """What `routing.guides` gives; means by one product where all heads see the same keys."""
+        """What `routing.guides` gives; sums by one product where all heads see the same keys."""
         choice = self.choice
         seen = routing.seen_by_any(self.call, choice.queries)
         alike = seen is None or seen.size == self.nk
@@ -238,7 +238,7 @@ class Head:
         weight = _blocks(weight, self.size).swapaxes(-1, -2)  # (blocks, 1, size)
         counts = np.maximum(np.sum(weight, axis=-1), 1)
         keys = self.kt.swapaxes(-1, -2)
-        return (np.matmul(weight, keys)[:, 0] / counts)[None, None]
+        return np.concatenate([np.matmul(weight, keys)[:, 0], counts], axis=-1)[None, None]
 
     def _kinds(self, pattern: Pattern | None) -> Array | None:
         """Kinds of tiles, (query blocks, key blocks); None where everything is visible."""
@@ -606,12 +606,14 @@ class Head:
         if guide is None or (kinds[span.t0 : span.t1] == 1).any():
             return None
         i0, i1 = int(span.i[span.real.start]), int(span.i[span.real.stop - 1]) + 1
-        q = np.multiply(fold.enter(self.call, self.call.q[0, :, i0:i1]), self.call.scale)
+        q = fold.enter(self.call, self.call.q[0, :, i0:i1])
         if choice.score == "bound":
+            q = q if self.call.scale >= 0 else -q
             q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
         starts = np.maximum(np.arange(span.t0, span.t1) * size - self.lead - i0, 0)
         q = np.add.reduceat(q, starts, axis=1)
-        s = np.matmul(q, guide[0].swapaxes(-1, -2))
+        s = np.matmul(q, guide[0, ..., : q.shape[-1]].swapaxes(-1, -2))
+        s = routing.scaled(s[None], self.call, choice, guide)[0]
         may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
         return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)
 

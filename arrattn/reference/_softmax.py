@@ -283,8 +283,9 @@ def sparse_attention(
     elif score == "best":
         pooled = together.sum(_best_in_block(scores, elsewhere, size, xp), holds_one, xp)
     else:
-        found = _block_scores(q_, k_, visible, size, scale, score, xp)
-        pooled = together.sum(found, holds_one, xp)
+        times = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+        found = _block_scores(q_, k_, visible, size, times, score, xp)
+        pooled = together.scaled(*found, holds_one, xp)
     could = together.any(holds_one, xp) & ~(pooled == -math.inf)
     if select == "blocks":
         count = min(3 if top_k is None else top_k, holds_one.shape[-1])
@@ -343,6 +344,22 @@ class _Together:
     def sum(self, scores: Array, of: Array, xp: Namespace) -> Array:
         """Add up the scores `of` those who may choose."""
         return self._reduced(xp.where(of, scores, 0.0), xp.sum, xp)
+
+    def scaled(self, scores: Array, counts: Array, times: float, of: Array, xp: Namespace) -> Array:
+        """
+        Add up ``scores / counts * times``.
+
+        Where counts are the same, the scores are added first: whole numbers then tie as they do.
+        """
+        if self.per == "block":
+            return self.sum(scores, of, xp) / counts * times
+        divided = self.sum(scores / counts, of, xp)
+        if self.per == "group":
+            counts = xp.reshape(counts, (*counts.shape[:-3], *self.heads, *counts.shape[-2:]))
+            first = counts[..., :1, :, :]
+            same = xp.all(counts == first, axis=-3)
+            divided = xp.where(same, self.sum(scores, of, xp) / first[..., 0, :, :], divided)
+        return divided * times
 
     def any(self, of: Array, xp: Namespace) -> Array:
         """Tell whether any of them may."""
@@ -466,30 +483,28 @@ def _best_in_block(scores: Array, allowed: Array, size: int, xp: Namespace) -> A
 
 
 def _block_scores(
-    q: Array,
-    k: Array,
-    visible: Array,
-    size: int,
-    scale: float | None,
-    score: str,
-    xp: Namespace,
-) -> Array:
-    """Score the mean, or the bounds, of every block's finite keys, (..., Hq, Nq, blocks)."""
+    q: Array, k: Array, visible: Array, size: int, scale: float, score: str, xp: Namespace
+) -> tuple[Array, Array, float]:
+    """
+    Score the sum, or the bounds, of every block's finite keys, (..., Hq, Nq, blocks).
+
+    And by what these are still to be divided, (..., Hq, 1, blocks), and multiplied.
+    """
     seen = xp.any(visible, axis=-2)  # (..., Hq, Nk): by some query of the head
     seen = seen & xp.all(xp.isfinite(k), axis=-1)
     count = xp.sum(_in_blocks(xp.astype(seen, k.dtype), size, -1, xp), axis=-1)
+    count, none = xp.where(count == 0, 1.0, count)[..., None, :], count[..., None] == 0
     if score == "bound":
         seen = _in_blocks(xp.astype(seen, k.dtype), size, -1, xp)[..., None] > 0
         k = _in_blocks(k, size, -2, xp)
         low = xp.min(xp.where(seen, k, math.inf), axis=-2)
         high = xp.max(xp.where(seen, k, -math.inf), axis=-2)
-        low, high = (xp.where(count[..., None] == 0, 0.0, x) for x in (low, high))
-        x = q * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+        low, high = (xp.matrix_transpose(xp.where(none, 0.0, x)) for x in (low, high))
+        x = q if scale >= 0 else -q
         up, down = xp.where(x > 0, x, 0.0), xp.where(x < 0, x, 0.0)
-        return up @ xp.matrix_transpose(high) + down @ xp.matrix_transpose(low)
+        return up @ high + down @ low, xp.ones_like(count), abs(scale)
     total = xp.sum(_in_blocks(xp.where(seen[..., None], k, 0.0), size, -2, xp), axis=-2)
-    mean = total / xp.where(count == 0, 1.0, count)[..., None]
-    return _scores(q, mean, scale, None, None, xp)
+    return q @ xp.matrix_transpose(total), count, scale
 
 
 def _query_blocks(nq: int, size: int, q_offset: Any, kv_lengths: Any, nk: int) -> int:
