@@ -18,7 +18,7 @@ from arrattn.testing.arrays import DTYPES, read_library
 from arrattn.testing.laws import LAWS
 from arrattn.testing.laws.registry import Law
 from arrattn.testing.run import BrokenLawError, Run
-from arrattn.testing.strategies import VISIBILITY
+from arrattn.testing.strategies import CHOOSING, VISIBILITY
 from arrattn.testing.subject import CHOICES, FAMILIES, Subject, family_of, read_lacks
 
 __all__ = ["Counterexample", "Report", "Result", "check", "pytest_laws"]
@@ -28,7 +28,11 @@ SCORING = ("scale", "softcap", "bias", "sinks", "return_lse")
 ARGUMENTS = {
     "dense": (*VISIBILITY["dense"], *SCORING),
     "local": (*VISIBILITY["local"], *SCORING),
-    "sparse": (*VISIBILITY["sparse"], *SCORING, "block_size", "top_k", "route"),
+    "sparse": (
+        *VISIBILITY["sparse"],
+        *SCORING,
+        *("block_size", "top_k", "route", *CHOOSING, "return_selection"),
+    ),
     "linear": (
         *VISIBILITY["linear"],
         *("feature_map", "normalize", "scale", "initial_state", "return_state", "log_decay"),

@@ -30,6 +30,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "local": arrattn.local_attention,
     "sparse": arrattn.sparse_attention,
     "linear": arrattn.linear_attention,
+    "delta": arrattn.delta_attention,
 }
 MARKS = {"passed": "pass", "failed": "**fails**", "differs": "choice", "skipped": "-"}
 

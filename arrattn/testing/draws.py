@@ -25,6 +25,8 @@ Shapes = tuple[Shape, Shape, Shape]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 LENGTHS = (1, 2, 3, 5, 8)
+#: Lengths of several blocks, among which there is a choice.
+MANY = (1, 8, 5, 8)
 BATCHES: tuple[Shape, ...] = ((1,), (2,), (), (2, 2))
 
 #: Small numbers, the simplest first: byte 0 is 0.0, to which a failing example shrinks.
@@ -87,10 +89,15 @@ def broadcast(draw: Draw, shape: Shape, *, drop: bool = True) -> Shape:
 
 
 def shapes(
-    draw: Draw, without: Collection[str] = (), *, equal: bool = False, few: bool = False
+    draw: Draw,
+    without: Collection[str] = (),
+    *,
+    equal: bool = False,
+    few: bool = False,
+    many: bool = False,
 ) -> Shapes:
-    """Shapes of q, k and v; `few` different ones where each of them is compiled."""
-    some_lengths = (1, 3) if few else LENGTHS
+    """Shapes of q, k and v; `few` different ones where each is compiled, `many` keys to choose."""
+    some_lengths = ((3, 8) if many else (1, 3)) if few else MANY if many else LENGTHS
     lengths = one_of(*some_lengths, *(() if "empty" in without else (0,)))
     nq = draw(lengths)
     nk = nq if equal or "cross" in without else draw(lengths)
@@ -268,3 +275,35 @@ def _score(draw: Draw, name: str, full: Shape, without: Collection[str]) -> Any:
     if name == "bias":
         return bias(draw, full, expand="short masks" in without)
     return numbers(draw, (full[-3],))
+
+
+def choices(
+    draw: Draw, case: Case, names: Sequence[str], *, expand: bool = False
+) -> dict[str, Any]:
+    """Arguments about what sparse attention chooses, any of these; scores are given or named."""
+    options = {n: _choice(draw, n, case, expand=expand) for n in some(draw, names, 0, len(names))}
+    if "block_scores" in options:
+        options.pop("score", None)
+    return options
+
+
+def _choice(draw: Draw, name: str, case: Case, *, expand: bool) -> Any:
+    (nq, nk), heads = case.lengths, case.heads
+    if name == "select":
+        return draw(one_of("blocks", "keys"))
+    if name == "per":
+        return draw(one_of("block", "group", "query"))
+    if name == "score":
+        return draw(one_of("bound", "best", "mean"))
+    if name == "always":
+        return simple_pattern(draw, nq, nk, case.batch)
+    if expand:
+        return block_scores(draw, case, (*case.batch, heads[0], nq))
+    return block_scores(draw, case, (draw(one_of(1, *heads)), draw(one_of(1, nq))))
+
+
+def block_scores(draw: Draw, case: Case, rows: Shape) -> Host:
+    """Whole scores of blocks, of so many heads and queries; now and then one is forbidden."""
+    shape = (*rows, -(-case.lengths[1] // case.options["block_size"]))
+    given = ints(draw, shape, 8) - 3.0
+    return np.where(given == 4, -np.inf, given)

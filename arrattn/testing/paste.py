@@ -50,6 +50,8 @@ class Call:
         Whether the log-sum-exp comes beside the output.
     state : str
         The names of the arrays of the state that comes beside the output.
+    selection : bool
+        Whether what was chosen comes last.
     dim : int
         The width of queries and keys.
     weights : array, optional
@@ -64,6 +66,7 @@ class Call:
     keywords: dict[str, Any]
     lse: bool
     state: str
+    selection: bool
     dim: int
     weights: Host | None = None
     sent: list[Any] = field(default_factory=list)
@@ -142,8 +145,9 @@ class _Writer:
             return
         text = f"{self.subject.name}({', '.join([*arrays, *options])})"
         name = call.name
-        if call.lse:
-            self.lines.append(f"{name}, {name}_lse = map(host, {text})")
+        if call.lse or call.selection:
+            beside = [f"{name}_lse"] * call.lse + [f"{name}_selection"] * call.selection
+            self.lines.append(f"{', '.join([name, *beside])} = map(host, {text})")
         elif call.state:
             self.lines.append(f"{name}, state = {text}")
             self.lines.append(f"{name} = host({name})")
@@ -154,6 +158,8 @@ class _Writer:
             self.lines.append(f"{name} = np.swapaxes({name}, -2, -3)  # heads first")
             if call.lse:
                 self.lines.append(f"{name}_lse = np.swapaxes({name}_lse, -1, -2)")
+            if call.selection:
+                self.lines.append(f"{name}_selection = np.swapaxes({name}_selection, -2, -3)")
 
     def gradients(self, call: Call, arrays: list[str], options: list[str]) -> None:
         weights = self.array("weights", call.weights, call.dtype)  # type: ignore[arg-type]

@@ -58,6 +58,8 @@ class Outcome:
         The same as the library's own array.
     lse : Value
         The log-sum-exp, shape (..., Hq, Nq), where it was asked for.
+    selection : Value
+        What sparse attention chose, shape (..., heads, rows, count), where it was asked for.
     S, z : Value
         The state of linear attention, or the memory of the delta rule, where it was asked for.
     """
@@ -65,6 +67,7 @@ class Outcome:
     out: Value
     raw: Any
     lse: Value = NOTHING
+    selection: Value = NOTHING
     S: Value = NOTHING
     z: Value = NOTHING
 
@@ -137,12 +140,13 @@ class Run:
     def _record(self, name: str, case: Case) -> paste.Call:
         arrays = [self._laid_out(x) for x in case.arrays]
         keywords = dict(case.options)
-        lse = bool(keywords.get("return_lse"))
+        lse, chosen = (bool(keywords.get(x)) for x in ("return_lse", "return_selection"))
         state = {"linear": "Sz", "delta": "S"}.get(self.subject.family, "")
         state = state if keywords.get("return_state") else ""
         if self.subject.translate is not None:
             arrays, keywords = self.subject.translate(*arrays, **keywords)
-        call = paste.Call(name, case.dtype, list(arrays), keywords, lse, state, case.q.shape[-1])
+        beside = (lse, state, chosen)
+        call = paste.Call(name, case.dtype, list(arrays), keywords, *beside, case.q.shape[-1])
         self.calls.append(call)
         return call
 
@@ -192,12 +196,13 @@ class Run:
 
     def _read(self, call: paste.Call, result: Any) -> Outcome:
         host, name = self.subject.library.to_numpy, call.name
-        out, second = result if call.lse or call.state else (result, None)
+        beside = bool(call.lse or call.state or call.selection)
+        out, *others = result if beside else (result,)
 
         def read(what: str, x: Any) -> Value:
             def convert() -> Value:
                 array = host(x)
-                if self.subject.layout == "bnhd" and what != name:
+                if self.subject.layout == "bnhd" and what == f"{name}_lse":
                     array = np.swapaxes(array, -1, -2)
                 elif self.subject.layout == "bnhd":
                     array = np.swapaxes(array, -2, -3)
@@ -208,9 +213,11 @@ class Run:
 
         outcome = Outcome(read(name, out), out)
         if call.lse:
-            outcome.lse = read(f"{name}_lse", second)
+            outcome.lse = read(f"{name}_lse", others[0])
+        if call.selection:
+            outcome.selection = read(f"{name}_selection", others[-1])
         for n in call.state:
-            setattr(outcome, n, Value(f"{name}_{n}", host(getattr(second, n))))
+            setattr(outcome, n, Value(f"{name}_{n}", host(getattr(others[0], n))))
         return outcome
 
     # -- Finding ------------------------------------------------------------------------------

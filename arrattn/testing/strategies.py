@@ -24,6 +24,7 @@ from arrattn.testing.draws import Shapes, one_of
 from arrattn.testing.sights import Sight
 
 __all__ = [
+    "CHOOSING",
     "KINDS",
     "VISIBILITY",
     "arrays",
@@ -51,6 +52,9 @@ VISIBILITY = {
     "linear": ("is_causal", "key_mask", "kv_lengths", "segment_ids"),
     "delta": ("key_mask", "kv_lengths", "segment_ids"),
 }
+
+#: Keyword arguments about what sparse attention chooses, beside its sizes.
+CHOOSING = ("select", "per", "score", "block_scores", "always")
 
 #: Kinds of numbers, the most usual more often.
 KINDS = ("plain", "tied", "plain", "large", "subnormal")
@@ -216,6 +220,7 @@ def cases(
     least: int = 0,
     most: int = 3,
     scoring: Sequence[str] = (),
+    choosing: Sequence[str] = (),
     kinds: Sequence[str] = KINDS,
     equal: bool = False,
     top_left: bool = False,
@@ -242,6 +247,8 @@ def cases(
         How many of those at once.
     scoring : sequence of str, default: ()
         Keyword arguments about scores that there may be.
+    choosing : sequence of str, default: ()
+        Keyword arguments about what sparse attention chooses that there may be.
     kinds : sequence of str
         The kinds of numbers, as of `arrays`.
     equal : bool, default: False
@@ -260,7 +267,9 @@ def cases(
     Case
         The call.
     """
-    q_shape, k_shape, v_shape = shape or draws.shapes(draw, without, equal=equal, few=few)
+    q_shape, k_shape, v_shape = shape or draws.shapes(
+        draw, without, equal=equal, few=few, many=bool(choosing)
+    )
     dtype = draw(one_of(*dtypes))
     sparse, delta = family == "sparse", family == "delta"
     kind = "whole" if sparse else draw(one_of(*kinds))
@@ -291,6 +300,10 @@ def cases(
         _make_exact(options, without)
         sizes = {"block_size": (2, 1, 3, 4), "top_k": (1, 2, 5), "route": (None, 1, 2, 8)}
         options |= {n: draw(one_of(*x)) for n, x in sizes.items() if n not in without}
+        allowed = [n for n in choosing if n not in without]
+        if "block_size" in without:  # nobody knows how many blocks there are
+            allowed = [n for n in allowed if n != "block_scores"]
+        options |= draws.choices(draw, case, allowed, expand="short masks" in without or few)
     return case
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -192,3 +193,190 @@ class OneBlockForAll(Sparse):
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
         route = None if o.route is None else min(o.route, 1)
         return super().choose(s, seen, q, k, SimpleNamespace(**vars(o) | {"route": route}))
+
+
+# -- Keys or blocks, by whom, by what, and what besides ---------------------------------------
+
+
+@wrong("sparse", seen="``starts[chosen] + size - 1`` as the index of a block")
+class BlocksCutToTheirLastKey(Sparse):
+    """Of a block chosen only the last key is seen."""
+
+    def keys_of(self, blocks: Array, size: int, nk: int) -> Array:
+        j = np.arange(nk)
+        return super().keys_of(blocks, size, nk) & ((j % size == size - 1) | (j == nk - 1))
+
+
+@wrong("sparse", seen="``argsort(scores)`` where its inverse was meant")
+class RanksForScores(Sparse):
+    """Scores given for blocks are replaced by the order of them."""
+
+    def given(self, scores: Array, of: Array, o: SimpleNamespace) -> Array:
+        ranks = np.where(scores == -np.inf, scores, np.argsort(scores, axis=-1))
+        return super().given(ranks.astype(scores.dtype), of, o)
+
+
+@wrong("sparse", seen="-inf replaced by a large number, and chosen where places are left")
+class ForbiddenIfNeeded(Sparse):
+    """A block forbidden with ``-inf`` is chosen when there is no better one."""
+
+    def given(self, scores: Array, of: Array, o: SimpleNamespace) -> Array:
+        return super().given(np.where(scores == -np.inf, -1e30, scores), of, o)
+
+
+@wrong("sparse", seen="an indexer whose scores only break ties")
+class GivenScoresIgnored(Sparse):
+    """Scores given for blocks are not looked at, but for what they forbid."""
+
+    def given(self, scores: Array, of: Array, o: SimpleNamespace) -> Array:
+        return super().given(np.where(scores == -np.inf, scores, 0), of, o)
+
+
+@wrong("sparse", seen="first drafts of Quest's bound")
+class BoundOfUnsignedQueries(Sparse):
+    """The bound takes the largest keys for queries below 0, too."""
+
+    def bound(self, q: Array, low: Array, high: Array) -> Array:
+        return q @ high.swapaxes(-1, -2)
+
+
+@wrong("sparse", seen="bounds from above and from below confused")
+class BoundFromBelow(Sparse):
+    """The smaller of the two products: what every score of the block exceeds."""
+
+    def bound(self, q: Array, low: Array, high: Array) -> Array:
+        return super().bound(q, high, low)
+
+
+@wrong("sparse", seen="bounds trusted as scores")
+class ExactSearchRouted(Sparse):
+    """With a score other than the mean, only half of the blocks are searched for keys."""
+
+    def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
+        if o.score != "mean" and o.route is None:
+            o = SimpleNamespace(**vars(o) | {"route": 1})
+        return super().choose(s, seen, q, k, o)
+
+
+@wrong("sparse", seen="scores of a group read from its first head")
+class FirstOfTheGroupChooses(Sparse):
+    """Heads that share keys take what the first of them chooses, not what all would."""
+
+    def pooled(self, x: Array, o: SimpleNamespace) -> Array:
+        hq, hkv = o.heads
+        if o.per != "group" or not hq:
+            return super().pooled(x, o)
+        return np.repeat(x[..., :: hq // hkv, :, :], hq // hkv, axis=-3)
+
+
+@wrong("sparse", seen="pooling by ``mean`` over who may not choose as well")
+class GroupChoosesByTheMaximum(Sparse):
+    """Who chooses together goes by the loudest of them."""
+
+    def pooled(self, x: Array, o: SimpleNamespace) -> Array:
+        hq, hkv = o.heads
+        if o.per != "group" or not hq:
+            return super().pooled(x, o)
+        groups = x.reshape(*x.shape[:-3], hkv, hq // hkv, *x.shape[-2:])
+        return np.repeat(groups.max(-3), hq // hkv, axis=-3)
+
+
+@wrong("sparse", seen="an option of the kernel that the wrapper drops")
+class EveryoneForThemselves(Sparse):
+    """`per` does nothing: every query of every head chooses by itself."""
+
+    def pooled(self, x: Array, o: SimpleNamespace) -> Array:
+        return x
+
+
+@wrong("sparse", seen="tiles of queries cut from the first row, not at positions")
+class BlocksOfRows(Sparse):
+    """Queries that choose together are those of a block of rows, wherever they stand."""
+
+    def pooled(self, x: Array, o: SimpleNamespace) -> Array:
+        rows = np.arange(x.shape[-2])[:, None]
+        size = int(np.max(np.sum(o.home == o.home.swapaxes(-1, -2), -1), initial=1))
+        return super().pooled(x, SimpleNamespace(**vars(o) | {"home": rows // size}))
+
+
+@wrong("sparse", seen="sinks and windows that are places of the same budget")
+class AlwaysCountsAsChosen(Sparse):
+    """What is always seen is counted against `top_k`."""
+
+    def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
+        if o.always is not None and o.top_k is not None:
+            o = SimpleNamespace(**vars(o) | {"top_k": max(o.top_k - 1, 0)})
+        return super().choose(s, seen, q, k, o)
+
+
+@wrong("sparse", seen="sinks that are kept in the cache and masked out")
+class AlwaysIgnored(Sparse):
+    """What should always be seen has to be chosen like the rest."""
+
+    def always(self, nq: int, nk: int, offset: Any, o: SimpleNamespace) -> Any:
+        return False
+
+
+@wrong("sparse", seen="windows added after the mask")
+class AlwaysInsteadOfOwn(Sparse):
+    """`always` replaces the own block."""
+
+    def own_block(self, p: Array, j: Array, size: int, nk: int) -> Array:
+        self.own = super().own_block(p, j, size, nk)
+        return self.own
+
+    def always(self, nq: int, nk: int, offset: Any, o: SimpleNamespace) -> Any:
+        found = super().always(nq, nk, offset, o)
+        if found is not False:
+            self.own[...] = False
+        return found
+
+
+@wrong("sparse", seen="buffers of indices made with ``zeros``")
+class PaddedWithZero(Sparse):
+    """What is missing of a selection is 0, which is the first key."""
+
+    def padded(self, index: Array, n: int) -> Array:
+        return np.where(index == n, 0, index)
+
+
+@wrong("sparse", seen="indices as ``topk`` gives them, padded in front")
+class PaddedInFront(Sparse):
+    """What is missing of a selection comes first."""
+
+    def padded(self, index: Array, n: int) -> Array:
+        return np.sort(super().padded(index, n), axis=-1)
+
+
+@wrong("sparse", seen="indices that go with the scores")
+class SelectionDescends(Sparse):
+    """The selection is right, and in the opposite order."""
+
+    def padded(self, index: Array, n: int) -> Array:
+        return super().padded(index, n)[..., ::-1]
+
+
+@wrong("sparse", seen="what was routed to, returned for what was chosen")
+class SelectionOfTheFirstQuery(Sparse):
+    """The selection of the first row is returned for all of them."""
+
+    def named(self, chosen: Array, count: int, o: SimpleNamespace) -> Array:
+        found = super().named(chosen, count, o)
+        return np.broadcast_to(found[..., :1, :], found.shape).copy()
+
+
+@wrong("sparse", seen="``if blocks <= top_k: return dense``, compared with keys")
+class NeverAllBlocks(Sparse):
+    """One block is always left out, however large `top_k` is."""
+
+    def keys_of(self, blocks: Array, size: int, nk: int) -> Array:
+        return super().keys_of(blocks & (np.arange(blocks.shape[-1]) > 0), size, nk)
+
+
+@wrong("sparse", seen="scores with a bonus for what is near")
+class EarlierBlocksFavoured(Sparse):
+    """Of two blocks the earlier is chosen, unless the other is much better."""
+
+    def scored(self, s: Array, elsewhere: Array, *rest: Any) -> Array:
+        found = super().scored(s, elsewhere, *rest)
+        return (found - 1e4 * np.arange(found.shape[-1])).astype(found.dtype)

@@ -21,6 +21,8 @@ SIGHT = ("mask", "bias", "window", "kv_lengths", "segment_ids", "pattern", "q_of
 DENSE_OPTIONS: dict[str, Any] = dict.fromkeys((*SIGHT, "scale", "softcap", "sinks"))
 DENSE_OPTIONS |= {"is_causal": False, "return_lse": False}
 SPARSE_OPTIONS = DENSE_OPTIONS | {"block_size": None, "top_k": None, "route": 8}
+SPARSE_OPTIONS |= {"select": "keys", "per": "query", "score": "mean", "block_scores": None}
+SPARSE_OPTIONS |= {"always": None, "return_selection": False}
 
 
 def taking(options: dict[str, Any], *required: str) -> inspect.Signature:
@@ -172,42 +174,161 @@ class Local(Dense):
 
 
 class Sparse(Dense):
-    """The query's own block, and the best keys elsewhere."""
+    """The query's own block, and the best keys or blocks elsewhere."""
 
     __signature__ = taking(SPARSE_OPTIONS)
 
+    def read(self, *arrays: Array, **options: Any) -> SimpleNamespace:
+        """Options, heads, and a place for what will be found chosen."""
+        o = super().read(*arrays, **options)
+        o.heads = tuple(1 if x.ndim == 2 else x.shape[-3] for x in arrays[:2])
+        o.found = []
+        return o
+
+    def __call__(self, q: Array, k: Array, v: Array, /, **options: Any) -> Any:
+        o = self.read(q, k, v, **options)
+        with np.errstate(all="ignore"):
+            out, lse = self.attend(*self.widen(q, k, v), o)
+        results = (out.astype(q.dtype), *([lse] if o.return_lse else []))
+        results += (self.named(*o.found[-1], o),) if o.return_selection else ()
+        results = tuple(x[0] for x in results) if q.ndim == 2 else results
+        return results if len(results) > 1 else results[0]
+
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
         nq, nk = s.shape[-2:]
-        size = o.block_size or math.isqrt(max(nk - 1, 0)) + 1
-        top_k = math.isqrt(max(nk - 1, 0)) + 1 if o.top_k is None else o.top_k
-        p = np.arange(nq)[:, None] + over_batch(self.offset(nq, nk, o))
-        own = seen & self.own_block(p, np.arange(nk), size, nk)
-        elsewhere = seen & ~own
-        if o.route is not None:
-            elsewhere = elsewhere & self.routed(elsewhere, seen, q, k, size, o)
-        return own | self.best(s, elsewhere, top_k)
+        root = math.isqrt(max(nk - 1, 0)) + 1
+        size = max(min(o.block_size or root, nk), 1)
+        offset = self.offset(nq, nk, o)
+        p, j = np.arange(nq)[:, None] + over_batch(offset), np.arange(nk)
+        beside = self.own_block(p, j, size, nk) | self.always(nq, nk, offset, o)
+        own, elsewhere = seen & beside, seen & ~beside
+        o.home = p // size - p[..., :1, :] // size
+        o.rows = self.rows(p, size)
+        blocks = self.searched(s, elsewhere, seen, q, k, size, o)
+        if o.select == "blocks":
+            count = min(3 if o.top_k is None else o.top_k, -(-nk // size))
+            chosen = self.best(*blocks, count)
+            taken = self.keys_of(chosen, size, nk)
+        else:
+            if o.route is not None:
+                elsewhere = elsewhere & self.keys_of(self.best(*blocks, o.route), size, nk)
+            count = min(root if o.top_k is None else o.top_k, nk)
+            totals = self.total(s, elsewhere, o), self.anyone(elsewhere, o)
+            taken = chosen = self.best(*totals, count)
+        o.found.append((chosen, count))
+        return own | (elsewhere & taken)
 
     def own_block(self, p: Array, j: Array, size: int, nk: int) -> Array:
         return (p >= 0) & (p < nk) & (p // size == j // size)
 
-    def routed(
-        self, elsewhere: Array, seen: Array, q: Array, k: Array, size: int, o: SimpleNamespace
+    def always(self, nq: int, nk: int, offset: Any, o: SimpleNamespace) -> Any:
+        return False if o.always is None else o.always.table(nq, nk, q_offset=offset, xp=np)
+
+    def keys_of(self, blocks: Array, size: int, nk: int) -> Array:
+        """The keys of blocks."""
+        return blocks[..., np.arange(nk) // size]
+
+    def searched(
+        self, s: Array, elsewhere: Array, seen: Array, q: Array, k: Array, size: int, o: Any
+    ) -> tuple[Array, Array]:
+        """The scores of blocks, and which of them can be chosen."""
+        at = [slice(a, a + size) for a in range(0, k.shape[-2], size)]
+        if not at:
+            return np.zeros((*s.shape[:-1], 0)), np.zeros((*s.shape[:-1], 0), bool)
+        holds_one = np.stack([elsewhere[..., x].any(-1) for x in at], axis=-1)
+        if o.block_scores is not None:
+            scores = self.given(o.block_scores.astype(s.dtype), holds_one, o)
+        else:
+            scores = self.total(self.scored(s, elsewhere, seen, q, k, at, o), holds_one, o)
+        return scores, self.anyone(holds_one, o) & (scores != -math.inf)
+
+    def scored(
+        self, s: Array, elsewhere: Array, seen: Array, q: Array, k: Array, at: Any, o: Any
     ) -> Array:
-        """Keys of the blocks whose mean scores best."""
-        nk = k.shape[-2]
-        starts = range(0, nk, size)
-        if not nk:
-            return elsewhere
-        means = np.stack([self.mean(k, seen, slice(a, a + size)) for a in starts], axis=-2)
-        block_scores = np.sign(self.scale(q, o)) * (q @ means.swapaxes(-1, -2))
-        holds_one = np.stack([elsewhere[..., a : a + size].any(-1) for a in starts], axis=-1)
-        return self.best(block_scores, holds_one, o.route)[..., np.arange(nk) // size]
+        """Blocks by their mean, by a bound from above, or by the best score in them."""
+        if o.score == "best":
+            s = np.where(elsewhere, np.where(np.isnan(s), math.inf, s), -math.inf)
+            return np.stack([s[..., x].max(-1) for x in at], axis=-1)
+        if o.score == "bound":
+            low, high = np.stack([np.stack(self.bounds(k, seen, x)) for x in at], axis=-2)
+            return self.bound(self.scale(q, o) * q, low, high)
+        means = np.stack([self.mean(k, seen, x) for x in at], axis=-2)
+        return np.sign(self.scale(q, o)) * (q @ means.swapaxes(-1, -2))
 
     def mean(self, k: Array, seen: Array, block: slice) -> Array:
         """Mean of the block's finite keys that some query of the head sees."""
         k = k[..., block, :]
         counts = (seen[..., block].any(-2) & np.isfinite(k).all(-1))[..., None]
         return np.where(counts, k, 0).sum(-2) / np.maximum(counts.sum(-2), 1)
+
+    def bounds(self, k: Array, seen: Array, block: slice) -> tuple[Array, Array]:
+        """The smallest and the largest number in each channel of the same keys."""
+        k = k[..., block, :]
+        counts = (seen[..., block].any(-2) & np.isfinite(k).all(-1))[..., None]
+        none = ~counts.any(-2)
+        low, high = np.where(counts, k, math.inf).min(-2), np.where(counts, k, -math.inf).max(-2)
+        return np.where(none, 0, low), np.where(none, 0, high)
+
+    def bound(self, q: Array, low: Array, high: Array) -> Array:
+        """The larger of the two products, summed over channels."""
+        return np.maximum(q, 0) @ high.swapaxes(-1, -2) + np.minimum(q, 0) @ low.swapaxes(-1, -2)
+
+    def total(self, x: Array, of: Array, o: SimpleNamespace) -> Array:
+        """The sum over those who choose together and can choose it, for each of them."""
+        return self.pooled(np.where(of, x, 0), o)
+
+    def anyone(self, of: Array, o: SimpleNamespace) -> Array:
+        return self.pooled(of.astype(int), o) > 0
+
+    def pooled(self, x: Array, o: SimpleNamespace) -> Array:
+        hq, hkv = o.heads
+        if o.per == "group" and hq:
+            groups = x.reshape(*x.shape[:-3], hkv, hq // hkv, *x.shape[-2:])
+            return np.repeat(groups.sum(-3), hq // hkv, axis=-3)
+        if o.per == "block":
+            together = (o.home == o.home.swapaxes(-1, -2))[..., None]
+            return np.where(together, x[..., None, :, :], 0).sum(-2)
+        return x
+
+    def given(self, scores: Array, of: Array, o: SimpleNamespace) -> Array:
+        """Scores from elsewhere; one row for all who choose together is taken as it is."""
+        scores = scores[(None,) * max(3 - scores.ndim, 0)]
+        hq, hkv = o.heads
+        alone = o.per == "group" and scores.shape[-3] in {1, hkv}
+        if scores.shape[-3] == hkv:
+            scores = np.repeat(scores, hq // hkv, axis=-3)
+        if o.per == "block" and scores.shape[-2] in {1, o.rows}:
+            alone = True
+            if scores.shape[-2] == o.rows:
+                home = np.broadcast_to(o.home, (*of.shape[:-1], 1))
+                scores = np.broadcast_to(scores, (*of.shape[:-2], *scores.shape[-2:]))
+                scores = np.take_along_axis(scores, home, axis=-2)
+        scores = np.broadcast_to(scores, of.shape)
+        return scores if alone else self.total(scores, of, o)
+
+    def rows(self, p: Array, size: int) -> int:
+        """How many blocks the queries lie in, at most, where they begin at different places."""
+        nq = p.shape[-2]
+        if not nq:
+            return 0
+        if p.ndim > 3:
+            return (nq + size - 2) // size + 1
+        return int(p[0, -1, 0] // size - p[0, 0, 0] // size) + 1
+
+    def named(self, chosen: Array, count: int, o: SimpleNamespace) -> Array:
+        """The indices chosen, ascending, then -1: a row for all who chose together."""
+        if o.per == "group":
+            chosen = chosen[..., :: max(o.heads[0] // max(o.heads[1], 1), 1), :, :]
+        if o.per == "block":
+            home = np.broadcast_to(o.home, (*chosen.shape[:-1], 1))
+            here = [(home == row) & chosen for row in range(o.rows)]
+            chosen = np.stack([x.any(-2) for x in here], axis=-2) if here else chosen
+        n = chosen.shape[-1]
+        index = np.sort(np.where(chosen, np.arange(n), n), axis=-1)[..., :count]
+        return self.padded(index, n)
+
+    def padded(self, index: Array, n: int) -> Array:
+        return np.where(index == n, -1, index)
 
     def best(self, scores: Array, allowed: Array, count: int) -> Array:
         """The highest scores among those allowed; ties go to the lower index."""

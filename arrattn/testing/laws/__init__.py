@@ -2,6 +2,7 @@
 
 from arrattn.testing.laws import (
     agreement,
+    choices,
     delta,
     gradients,
     heads,
@@ -21,6 +22,7 @@ __all__ = [
     "LAWS",
     "Law",
     "agreement",
+    "choices",
     "delta",
     "gradients",
     "heads",
