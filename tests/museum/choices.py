@@ -99,17 +99,17 @@ class WorstChosen(Sparse):
 class MeanOfHidden(Sparse):
     """A block's mean takes in keys that nobody sees: what they hold decides the route."""
 
-    def mean(self, k: Array, seen: Array, block: slice) -> Array:
-        return super().mean(k, np.ones_like(seen), block)
+    def sum_of(self, k: Array, seen: Array, block: slice) -> tuple[Array, Array]:
+        return super().sum_of(k, np.ones_like(seen), block)
 
 
 @wrong("sparse", seen="pooling with padding")
 class MeanOverAFullBlock(Sparse):
     """The last block's sum is divided by the size of a whole one."""
 
-    def mean(self, k: Array, seen: Array, block: slice) -> Array:
-        full, short = block.stop - block.start, k[..., block, :].shape[-2]
-        return super().mean(k, seen, block) * short / full
+    def sum_of(self, k: Array, seen: Array, block: slice) -> tuple[Array, Array]:
+        total, count = super().sum_of(k, seen, block)
+        return total, np.full_like(count, block.stop - block.start)
 
 
 @wrong("sparse", seen="blocks cut with ``n // size``")
@@ -182,8 +182,8 @@ class NormalisedBeforeTheChoice(Sparse):
 class RoutedToTheFirst(Sparse):
     """The route goes to the first blocks, whatever they hold."""
 
-    def mean(self, k: Array, seen: Array, block: slice) -> Array:
-        return np.zeros_like(k[..., 0, :])
+    def by_means(self, q: Array, k: Array, seen: Array, at: list[slice]) -> Array:
+        return np.zeros((*q.shape[:-1], len(at)))
 
 
 @wrong("sparse", seen="``argmax`` where the best few were meant")

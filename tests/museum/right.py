@@ -252,14 +252,20 @@ class Sparse(Dense):
         if o.score == "bound":
             low, high = np.stack([np.stack(self.bounds(k, seen, x)) for x in at], axis=-2)
             return self.bound(self.scale(q, o) * q, low, high)
-        means = np.stack([self.mean(k, seen, x) for x in at], axis=-2)
-        return np.sign(self.scale(q, o)) * (q @ means.swapaxes(-1, -2))
+        return np.sign(self.scale(q, o)) * self.by_means(q, k, seen, at)
 
-    def mean(self, k: Array, seen: Array, block: slice) -> Array:
-        """Mean of the block's finite keys that some query of the head sees."""
+    def by_means(self, q: Array, k: Array, seen: Array, at: list[slice]) -> Array:
+        """Products with the means, all times one number: so those of whole numbers stay whole."""
+        parts = zip(*(self.sum_of(k, seen, x) for x in at), strict=True)
+        total, count = (np.stack(x, axis=-2) for x in parts)
+        whole = total * (np.lcm.reduce(count.reshape(-1), initial=1) // count)
+        return q.astype(float) @ whole.swapaxes(-1, -2)
+
+    def sum_of(self, k: Array, seen: Array, block: slice) -> tuple[Array, Array]:
+        """Sum of the block's finite keys that some query of the head sees, and their number."""
         k = k[..., block, :]
         counts = (seen[..., block].any(-2) & np.isfinite(k).all(-1))[..., None]
-        return np.where(counts, k, 0).sum(-2) / np.maximum(counts.sum(-2), 1)
+        return np.where(counts, k, 0).sum(-2), np.maximum(counts.sum(-2), 1)
 
     def bounds(self, k: Array, seen: Array, block: slice) -> tuple[Array, Array]:
         """The smallest and the largest number in each channel of the same keys."""

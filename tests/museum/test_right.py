@@ -39,9 +39,16 @@ def test_local(lane: Lane, case: Case, window: Any) -> None:
 
 
 @on_numpy
-@for_all(case=cases(), top_k=st.sampled_from((None, 0, 2)), route=st.sampled_from((None, 1)))
-def test_sparse(lane: Lane, case: Case, top_k: int | None, route: int | None) -> None:
-    case.options.update(top_k=top_k, route=route, block_size=3)
+@for_all(
+    case=cases(),
+    top_k=st.sampled_from((None, 0, 2)),
+    route=st.sampled_from((None, 1)),
+    select=st.sampled_from(("keys", "blocks")),
+    per=st.sampled_from(("query", "block", "group")),
+    score=st.sampled_from(("mean", "bound", "best")),
+)
+def test_sparse(lane: Lane, case: Case, **choice: Any) -> None:
+    case.options.update(choice, block_size=3)
     agrees(lane, RIGHT["sparse"], reference.sparse_attention, case)
 
 
@@ -132,6 +139,22 @@ CHOICES = [
     {"top_k": 3, "route": 3, "block_size": 2},
     {"top_k": 0, "block_size": 4},
     {"top_k": 1, "route": 1, "block_size": 4, "scale": 0.0},
+    *(
+        {"block_size": 2, "top_k": 2, "return_selection": True, "select": s, "per": p, "score": b}
+        for s in ("keys", "blocks")
+        for p in ("query", "block", "group")
+        for b in ("mean", "bound", "best")
+    ),
+    {"block_size": 1, "top_k": 9, "select": "blocks"},
+    {"block_size": 2, "top_k": 1, "route": None, "score": "bound", "return_selection": True},
+    {"block_size": 3, "top_k": 0, "always": Window(1, 0), "return_selection": True},
+    {"block_size": 3, "top_k": 1, "always": Global(1), "return_selection": True},
+]
+GIVEN = np.where(RNG.random((4, 6, 5)) < 0.3, -np.inf, RNG.normal(size=(4, 6, 5)))
+WITH_GIVEN: list[tuple[tuple[Array, ...], dict[str, Any]]] = [
+    ((Q, K, V), {"block_size": 2, "block_scores": GIVEN, "select": s, "top_k": n, "route": n})
+    for s in ("keys", "blocks")
+    for n in (1, 4)
 ]
 THERE = np.asarray([1, 1, 0, 1, 1, 1, 1, 1, 0], bool)
 MAP = feature_maps.softmax(dim=4, num_features=8, rng=0)
@@ -163,7 +186,7 @@ def calls_of(family: str) -> list[tuple[tuple[Array, ...], dict[str, Any]]]:
     if family == "local":
         return [(x, o | {"window": w}) for x, o in CALLS for w in WINDOWS]
     if family == "sparse":
-        return [(x, o | c) for x, o in CALLS for c in CHOICES]
+        return [*((x, o | c) for x, o in CALLS for c in CHOICES), *WITH_GIVEN]
     if family == "dense":
         return [(x, o | {"return_lse": True}) for x, o in CALLS]
     if family == "delta":

@@ -54,7 +54,7 @@ def query_blocks(case: Case) -> Host:
 
 def block_size(case: Case) -> int:
     """At most the number of keys."""
-    return max(min(case.options["block_size"], case.lengths[1]), 1)
+    return max(min(int(case.options["block_size"]), case.lengths[1]), 1)
 
 
 def key_blocks(case: Case) -> Host:
