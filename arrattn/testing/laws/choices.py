@@ -12,6 +12,7 @@ from arrattn.testing import draws
 from arrattn.testing.case import Case
 from arrattn.testing.laws.agreement import agrees, exact
 from arrattn.testing.laws.given import SEES, calls, near, probe
+from arrattn.testing.laws.hidden import unchanged
 from arrattn.testing.laws.limits import SOME
 from arrattn.testing.laws.registry import law
 from arrattn.testing.run import Outcome, Run
@@ -316,6 +317,30 @@ def block_order(run: Run, case: Case, order: list[int]) -> None:
         was = np.append(order if blocks else at, len(at))  # -1 reads the last, and comes last
         back = np.sort(was[b.selection.array.astype(int)], axis=-1)
         run.same(a.selection, np.where(back == len(at), -1, back), 0.0)
+
+
+@st.composite
+def half_hidden(draw: st.DrawFn, subject: Subject) -> tuple[Case, list[int]]:
+    """Four blocks of two keys, the second of which no query sees, and an order of the blocks."""
+    case = draw(calls(subject, avoid=("empty",)))
+    k, v = (np.take(x, np.arange(8) % case.lengths[1], axis=-2) for x in (case.k, case.v))
+    mask = np.broadcast_to(np.arange(8) % 2 == 0, (case.lengths[0], 8)).copy()
+    case = case.but(k=k, v=v, mask=mask, block_size=2, top_k=1, route=1)
+    return case, draw(st.permutations(range(4)))
+
+
+@law(
+    "hidden-keys-do-not-route",
+    "what keys hold that no query sees changes neither which blocks are searched nor the output",
+    source="C7: hidden means absent, also from what stands for a block",
+    given=half_hidden,
+    families=SPARSE,
+    needs=("mask", "route", *SIZES),
+)
+def hidden_keys_do_not_route(run: Run, case: Case, order: list[int]) -> None:
+    k = case.k.copy()
+    k[..., 1::2, :] = 4096.0 * np.asarray(order)[:, None] - 8192.0
+    unchanged(run, case, case.but(k=k))
 
 
 # -- What is seen -----------------------------------------------------------------------------
