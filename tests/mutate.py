@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -54,6 +55,12 @@ STATUS = {
     -signal.SIGSEGV: "crashed",
 }
 LIVES = ("survived", "no tests", "broken")
+#: What a mutant may say in another way and mean the same: no test can tell, and none is asked to.
+SAME = (
+    (r",( strict=\w+|\s*(?=\)))", ""),  # of a `zip` whose parts are equally long
+    (r"((?:work_)?space\()(?:f?\"[^\"]*\"|None)", r"\1"),  # what a work space is called
+    (r"(\.reshape\([^()]*-)\d\)", r"\g<1>1)"),  # NumPy reads any negative length as -1
+)
 #: A test of a mutant may take so many seconds, and so many times as long as it did before.
 PATIENCE = (10, 20)
 #: What waits for something that does not come is ended after so many seconds.
@@ -299,12 +306,28 @@ def report(mutants: list[tuple[Any, str]]) -> float:
         if status != "killed":
             lines = get_diff_for_mutant(name, path=data.path).splitlines()[2:]
             changed = [line for line in lines if line[:1] in {"+", "-"}]
+            if means_the_same(changed):
+                counts[status] -= 1
+                counts["the same"] += 1
+                continue
             print(f"\n{name}: {status}", *changed, sep="\n    ")
     lived = sum(counts[status] for status in LIVES)
-    score = 100 * (1 - lived / max(counts.total(), 1))
-    print("\n" + ", ".join(f"{n} {status}" for status, n in counts.most_common()))
-    print(f"mutation score: {score:.1f} % of {counts.total()} mutants")
+    told = counts.total() - counts["the same"]
+    score = 100 * (1 - lived / max(told, 1))
+    print("\n" + ", ".join(f"{n} {status}" for status, n in counts.most_common() if n))
+    print(f"mutation score: {score:.1f} % of {told} mutants")
     return score
+
+
+def means_the_same(changed: list[str]) -> bool:
+    """Whether the lines taken out and those put in differ in what `SAME` names alone."""
+    sides = []
+    for sign in "-+":
+        side = "\n".join(line[1:] for line in changed if line[0] == sign)
+        for pattern, instead in SAME:
+            side = re.sub(pattern, instead, side)
+        sides.append(side)
+    return sides[0] == sides[1]
 
 
 def main() -> int:

@@ -78,6 +78,8 @@ def test_operations_are_those_of_the_visible_pairs(
 
 def test_a_product_counts_its_own_operations() -> None:
     assert Product((2, 3, 5), 7, 2).operations == 2 * 2 * 3 * 5 * 7 * 2
+    assert Product((4, 2, 3, 5), 7, 2).operations == 4 * Product((2, 3, 5), 7, 2).operations
+    product_contestant(Product((4, 2, 3, 5), 7, 2), 1).call()
     contestant = product_contestant(SMALL, 10 * SMALL.operations)
     assert contestant.factor == 10
     contestant.call()

@@ -20,7 +20,7 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import jobs, loops
+from arrattn._core import few, jobs, loops
 from arrattn._core.jobs import at_once
 from arrattn.patterns import (
     Blocks,
@@ -372,3 +372,13 @@ def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
     monkeypatch.setattr(loops, "unpacked", lambda: most)
     scale = attend.keywords.get("scale")
     close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 5)])
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7, 100])
+def test_few_queries_of_every_head_are_done_once(batch: tuple[int, ...], lanes: int) -> None:
+    times = np.zeros((*batch, 4), int)
+    for at in few._boxes(batch, 4, lanes):
+        assert times[at].size <= max(lanes, 1)
+        times[at] += 1
+    assert (times == 1).all()

@@ -443,3 +443,11 @@ def test_nothing_is_seen_beside_the_band_but_by_the_rest(view: Any) -> None:
     else:
         assert not (beside & ~rest.table(nq, nk, q_offset=offset)).any()
         assert not (rest.table(nq, nk, q_offset=offset) & ~table).any()
+
+
+def test_random_blocks_of_queries_that_begin_at_different_places() -> None:
+    pattern, offsets = patterns.Random(2, 0), np.asarray([[0, 3], [5, 1], [7, 7]])
+    whole = pattern.table(4, 12, q_offset=offsets)
+    for at in np.ndindex(offsets.shape):
+        alone = pattern.table(4, 12, q_offset=int(offsets[at]))
+        np.testing.assert_array_equal(np.squeeze(whole[at]), alone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,11 @@ from arrattn.bench.rounds import Clock
 
 __all__ = ["Product", "blas", "find_product", "one_blas_thread", "product_contestant"]
 
-# Rows, inner and columns of one product: an attention's tiles, and squares.
+# Rows, inner and columns of one product: an attention's tiles, and squares. With a number before
+# them, so many products in one call: small ones, which some BLAS does from where operands lie.
 SHAPES = (
+    (16, 64, 64, 240),
+    (16, 64, 240, 64),
     (128, 64, 512),
     (256, 64, 1024),
     (256, 512, 64),
@@ -38,22 +42,21 @@ class Product(NamedTuple):
     Attributes
     ----------
     shape : tuple of int
-        Rows, inner and columns.
+        Rows, inner and columns, and perhaps, before them, how many products one call does.
     repeats : int
         Products that each worker does in one burst.
     threads : int
         Workers, each with a BLAS of one thread.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     repeats: int
     threads: int
 
     @property
     def operations(self) -> int:
         """Multiplications and additions in one burst."""
-        rows, inner, columns = self.shape
-        return 2 * rows * inner * columns * self.repeats * self.threads
+        return 2 * math.prod(self.shape) * self.repeats * self.threads
 
 
 @contextmanager
@@ -148,7 +151,7 @@ class _Burst:
     """All workers at once, each with operands of its own, made once."""
 
     def __init__(self, product: Product) -> None:
-        rows, inner, columns = product.shape
+        *many, rows, inner, columns = product.shape
         rng = np.random.default_rng(0)
 
         def draw(*shape: int) -> Any:
@@ -157,7 +160,7 @@ class _Burst:
         self.repeats = product.repeats
         self.pool = _pool(product.threads)
         self.operands = [
-            (draw(rows, inner), draw(inner, columns), draw(rows, columns))
+            (draw(*many, rows, inner), draw(inner, columns), draw(*many, rows, columns))
             for _ in range(product.threads)
         ]
 
