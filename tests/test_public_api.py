@@ -62,8 +62,8 @@ EXPORTS = {
         "pytest_laws",
     ],
     "testing.strategies": [
-        "KINDS", "VISIBILITY", "arrays", "biases", "cases", "masks", "patterns", "segments",
-        "shapes", "states", "windows",
+        "CHOOSING", "KINDS", "VISIBILITY", "arrays", "biases", "cases", "masks", "patterns",
+        "segments", "shapes", "states", "windows",
     ],
 }  # fmt: skip
 
