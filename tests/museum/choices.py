@@ -232,7 +232,7 @@ class GivenScoresIgnored(Sparse):
         return super().given(np.where(scores == -np.inf, scores, 0), of, o)
 
 
-@wrong("sparse", seen="first drafts of Quest's bound")
+@wrong("sparse", seen="a bound written for queries above 0")
 class BoundOfUnsignedQueries(Sparse):
     """The bound takes the largest keys for queries below 0, too."""
 
@@ -250,7 +250,7 @@ class BoundFromBelow(Sparse):
 
 @wrong("sparse", seen="bounds trusted as scores")
 class ExactSearchRouted(Sparse):
-    """With a score other than the mean, only half of the blocks are searched for keys."""
+    """With a score other than the mean, only the best block is searched for keys."""
 
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
         if o.score != "mean" and o.route is None:
@@ -269,7 +269,7 @@ class FirstOfTheGroupChooses(Sparse):
         return np.repeat(x[..., :: hq // hkv, :, :], hq // hkv, axis=-3)
 
 
-@wrong("sparse", seen="pooling by ``mean`` over who may not choose as well")
+@wrong("sparse", seen="``max`` over a group in the place of ``sum``")
 class GroupChoosesByTheMaximum(Sparse):
     """Who chooses together goes by the loudest of them."""
 
@@ -301,7 +301,7 @@ class BlocksOfRows(Sparse):
 
 @wrong("sparse", seen="sinks and windows that are places of the same budget")
 class AlwaysCountsAsChosen(Sparse):
-    """What is always seen is counted against `top_k`."""
+    """What is always seen takes one of the `top_k` places."""
 
     def choose(self, s: Array, seen: Array, q: Array, k: Array, o: SimpleNamespace) -> Array:
         if o.always is not None and o.top_k is not None:
