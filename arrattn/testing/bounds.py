@@ -149,7 +149,11 @@ def delta_errors(case: Any, dtype: str, out: Host) -> tuple[Any, float]:
     n, state = case.lengths[1], case.options.get("initial_state")
     written = longest(case.v) * n + (0.0 if state is None else longest(state.S.swapaxes(-1, -2)))
     memory = C * eps(accumulation(dtype)) * (1 + n) * written * max(1.0, longest(case.k)) ** 2
-    within = abs(case.options.get("scale", 1.0)) * longest(case.q) * memory
+    scale = abs(case.options.get("scale", 1.0))
+    within = scale * longest(case.q) * memory
+    # Products below the normal numbers are off by no share of theirs, but by a step between those.
+    step = (1 + n) * case.q.shape[-1] * float(np.finfo(accumulation(dtype)).smallest_subnormal)
+    within, memory = within + max(1.0, scale) * step, memory + step
     rounding = eps(dtype) * np.abs(out) if dtype != accumulation(dtype) else 0.0
     return within + rounding, memory
 
