@@ -403,3 +403,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_all_others_go_through_the_door(name: str) -> None:
     assert native.at_once(*OTHERS[name]) is None
+
+
+def test_autocast_leaves_the_dtype_of_q() -> None:
+    q = torch.ones((1, 2, 64, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q, q, q).dtype == torch.float32

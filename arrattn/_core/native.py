@@ -115,7 +115,8 @@ def at_once(q: Array, k: Array, v: Array, is_causal: bool) -> Array | None:
         return None
     if not fit or not _takes_flash((q, k, v), options):
         return None
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    return out if out.dtype == q.dtype else None  # autocast gives another: the door undoes that
 
 
 def _unsupported(call: SoftmaxInputs) -> Iterator[str]:
