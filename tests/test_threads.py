@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -99,20 +100,63 @@ def test_jobs_within_jobs_finish() -> None:
     assert sorted(done) == sorted(list(range(5)) * 8)
 
 
-@pytest.mark.skipif(loops._processor() is None, reason="the platform does not tell processors")
-def test_helpers_keep_off_the_processor_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = os.sched_getaffinity(0)
-    pool = loops._Pool(2)
-    assert pool.executor.submit(int).result() == 0
-    (helper,) = pool.ids
-    for here in sorted(allowed):
-        monkeypatch.setattr(loops, "_processor", lambda here=here: lambda: here)
-        pool.make_room()
-        assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
-        assert os.sched_getaffinity(0) == allowed
-    loops.run_jobs([pool.make_room], small=True)  # within a job it leaves all as it is
-    assert pool.away is not None
-    assert os.sched_getaffinity(helper) == (allowed - {here} or allowed)
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be placed")
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_each_thread_has_processors_of_its_own(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = loops._Pool(threads)
+    gate = threading.Barrier(threads, timeout=60)
+    for future in [pool.executor.submit(gate.wait) for _ in range(threads)]:
+        future.result()
+    mine = os.sched_getaffinity(0)
+    for allowed in ({5}, {0, 1}, {1, 4, 6, 7}):
+        placed: dict[int, set[int]] = {}
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        monkeypatch.setattr(
+            os, "sched_setaffinity", lambda i, on, placed=placed: placed.update({i: set(on)})
+        )
+        pool.place()
+        assert sorted(placed) == sorted(pool.ids)
+        assert set().union(*placed.values()) == set(sorted(allowed)[:threads]) | (
+            allowed if threads < len(allowed) else set()
+        )
+        shared = sum(len(on) for on in placed.values())
+        assert shared == max(threads, len(allowed))  # disjoint, as far as they go
+        placed.clear()
+        pool.place()
+        assert not placed  # nothing has changed since
+    monkeypatch.undo()
+    assert os.sched_getaffinity(0) == mine
+
+
+def test_the_caller_waits_while_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    ran: list[int] = []
+    loops.run_jobs([lambda: ran.append(threading.get_ident())] * 4)
+    assert len(ran) == 4
+    assert threading.get_ident() not in ran
+    loops.run_jobs([lambda: ran.append(threading.get_ident())])  # one job is nothing to share
+    assert ran[-1] == threading.get_ident()
+
+
+def test_an_error_ends_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    failed, done = threading.Event(), []
+
+    def fail() -> None:
+        failed.set()
+        msg = "on purpose"
+        raise RuntimeError(msg)
+
+    def slow() -> None:
+        failed.wait(60)
+        time.sleep(0.2)  # for the caller to hear of it
+        done.append(1)
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loops.run_jobs([fail, *[slow] * 20])
+    assert len(done) <= 2
 
 
 def test_jobs_see_the_threads_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:

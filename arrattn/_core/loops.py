@@ -7,12 +7,11 @@ fallback. No other module of the core names an array library.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -641,41 +640,32 @@ def _blas_settings() -> list[tuple[Callable[[], int | None], Callable[[int], Non
 
 class _Pool:
     """
-    Threads that help a caller, kept off the processor that it is on.
+    Threads that do the jobs of a caller that waits, each on processors of its own.
 
     Linux wakes a thread where the one that woke it is; where few processors share a cache it
     may leave both there for longer than a call takes, and others idle.
     """
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.ids: list[int] = []
-        self.away: tuple[frozenset[int], int, int] | None = None
+        self.placed: tuple[set[int], int] | None = None
         self.executor = ThreadPoolExecutor(
             threads, "arrattn", initializer=lambda: self.ids.append(threading.get_native_id())
         )
 
-    def make_room(self) -> None:
-        """Let no helper begin where the calling thread is, which is none itself."""
-        where = _processor()
-        if where is None or _kept.__dict__.get("depth"):
+    def place(self) -> None:
+        """Share out among them the processors that the calling thread may use."""
+        if not hasattr(os, "sched_setaffinity"):
             return
-        allowed, here = frozenset(os.sched_getaffinity(0)), where()
-        if (allowed, here, len(self.ids)) == self.away:
+        allowed, ids = os.sched_getaffinity(0), self.ids.copy()
+        if (allowed, len(ids)) == self.placed:
             return
-        for thread in self.ids:
-            with suppress(OSError):  # a helper that is gone, or a system that forbids it
-                os.sched_setaffinity(thread, allowed - {here} or allowed)
-        self.away = allowed, here, len(self.ids)
-
-
-@lru_cache(maxsize=1)
-def _processor() -> Callable[[], int] | None:
-    """What tells the processor that the calling thread is on; None where nothing can."""
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    # A call that keeps the interpreter takes less time than a turn in that.
-    function: Callable[[], int] | None = getattr(ctypes.PyDLL(None), "sched_getcpu", None)
-    return function
+        order = sorted(allowed)
+        for n, thread in enumerate(ids):
+            with suppress(OSError):  # a thread that is gone, or a system that forbids it
+                os.sched_setaffinity(thread, order[n % len(order) :: self.threads])
+        self.placed = allowed, len(ids)
 
 
 @lru_cache(maxsize=4)
@@ -701,7 +691,7 @@ if hasattr(os, "register_at_fork"):
 
 def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None:
     """
-    Run independent jobs, each with a single-threaded BLAS, on the pool and the caller's thread.
+    Run independent jobs, each with a single-threaded BLAS, on the threads of the pool.
 
     `small` jobs, whose products BLAS would not spread over threads anyway, are run as they are.
 
@@ -724,18 +714,21 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
 
     with _blas.held():
         threads = num_threads()
-        pool = _pool(threads)
-        pool.make_room()
-        futures = [
-            pool.executor.submit(_run_all, shared(), threads)
-            for _ in range(min(threads, len(jobs)) - 1)
-        ]
+        many, pool = min(threads, len(jobs)), _pool(threads)
+        # A job that runs jobs works, too: it is in the place of a thread it would wait for.
+        works = many < 2 or _kept.__dict__.get("depth", 0) > 0
+        if not works:
+            pool.place()
+        futures = [pool.executor.submit(_run_all, shared(), threads) for _ in range(many - works)]
         try:
-            _run_all(shared(), threads)
+            if works:
+                _run_all(shared(), threads)
+            else:
+                wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             with take:
                 queue = iter(())
-            # A helper that has not begun by now has nothing to do, and waiting for it could be
+            # A thread that has not begun by now has nothing to do, and waiting for it could be
             # waiting for oneself, where jobs run jobs.
             futures = [future for future in futures if not future.cancel()]
             for future in futures:
