@@ -14,6 +14,7 @@ from strategies import Case, cases
 from tolerance import output_error
 
 from arrattn import attention, reference, sparse_attention
+from arrattn.patterns import Dilated, Window
 
 COUNTS = st.sampled_from((None, 1, 0, 2, 5, 40))
 
@@ -69,6 +70,31 @@ def test_softcap_comes_before_the_choice(lane: Lane, route: int | None) -> None:
     q, k, v = rng.normal(size=(3, 2, 30, 4))
     bias = rng.normal(size=(30, 30))
     case = Case(q, k, v, {"softcap": 0.5, "bias": bias, "route": route, "top_k": 4})
+    agrees(lane, sparse_attention, reference.sparse_attention, case)
+
+
+@pytest.mark.parametrize("size", [33, 64, 100])
+@pytest.mark.parametrize("spread", [1, 30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"window": (20, 0)},
+        {"window": (5, 60)},
+        {"pattern": ~Window(40, 40)},
+        {"pattern": ~Window(70, 70)},
+        {"window": (0, 5), "is_causal": True, "kv_lengths": 201},
+        {"pattern": Dilated(3, 30, 30)},
+    ],
+    ids=str,
+)
+def test_own_blocks_of_many_rows(
+    lane: Lane, options: dict[str, Any], size: int, spread: int
+) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, 230, 8))
+    more = {"block_size": size, "select": "blocks", "top_k": 1}
+    case = Case(q * spread, k, v, {**options, **more})
     agrees(lane, sparse_attention, reference.sparse_attention, case)
 
 

@@ -35,6 +35,9 @@ JOBS = 8
 #: keys, whose products are the faster the more queries it has.
 CHOICES, TILE, EXACT = 1 << 21, 1 << 19, 1 << 21
 
+#: Rows of own blocks whose keys are cut to those that one of them sees.
+OWN_ROWS = 32
+
 #: Numbers that exponentials may be taken of without a shift, and of values beside them.
 CALM, MOST_VALUE = 40.0, 1e12
 
@@ -115,6 +118,14 @@ class FlatPairs:
         """``(1, G, Nq, Nk)``, any of them 1 -> broadcastable to the pairs."""
         at = (self.g, self.i, self.j)
         return x[0][tuple(0 if n == 1 else a for n, a in zip(x.shape[-3:], at, strict=True))]
+
+
+class Part(NamedTuple):
+    """Rows of a block, the keys of it that any of them sees, and which of the pairs are hidden."""
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+    hidden: Array | None = None
 
 
 class Span(NamedTuple):
@@ -209,7 +220,7 @@ class Head:
         (nq, nk), offset = (choice.queries, len(k)), int(call.offset)
         if nk % choice.block and offset < nk + -nk % choice.block and nk < offset + nq:
             return None  # queries that lie in the last block, but behind its keys, have no own one
-        if not (np.isfinite(k.sum()) and np.isfinite(v.sum())):
+        if not (np.isfinite(_square(k)) and np.isfinite(_largest(v))):
             seen = routing.seen_by_any(call, choice.queries)
             if seen is None:
                 return None
@@ -217,7 +228,7 @@ class Head:
             k, v = np.where(seen, k, 0), np.where(seen, v, 0)
         q = fold.enter(call, call.q[0])
         reach = math.sqrt(_square(q) * _square(k)) * abs(call.scale)
-        most = float(max(np.max(v, initial=0), -np.min(v, initial=0)))
+        most = _largest(v)
         if call.sinks is not None:
             sink = np.abs(call.sinks[call.sinks != -math.inf])
             reach = max(reach, float(sink.max(initial=0)))
@@ -237,8 +248,8 @@ class Head:
             weight[:, 0] = seen.reshape(-1)
         weight = _blocks(weight, self.size).swapaxes(-1, -2)  # (blocks, 1, size)
         counts = np.maximum(np.sum(weight, axis=-1), 1)
-        keys = self.kt.swapaxes(-1, -2)
-        return np.concatenate([np.matmul(weight, keys)[:, 0], counts], axis=-1)[None, None]
+        sums = np.matmul(weight, _blocks(self.k, self.size))[:, 0]
+        return np.concatenate([sums, counts], axis=-1)[None, None]
 
     def _kinds(self, pattern: Pattern | None) -> Array | None:
         """Kinds of tiles, (query blocks, key blocks); None where everything is visible."""
@@ -356,48 +367,55 @@ class Head:
     # -- The own block ------------------------------------------------------------------------
 
     def _own_blocks(self, span: Span) -> None:
-        g, size, many = self.g, self.size, span.t1 - span.t0
         a, b = max(self.own.start, span.t0), min(self.own.stop, span.t1)
-        at_once = max(1, TILE // (g * size * size))
-        q, total, sums = (x.reshape(g, many, size, -1) for x in (span.q, span.total, span.sums))
-        m = None if span.m is None else span.m.reshape(g, many, size, 1)
-        for t in range(a, b, at_once):
-            stop = min(t + at_once, b)
-            rows: Any = (slice(None), slice(t - span.t0, stop - span.t0))
-            keys = slice(t + self.first, stop + self.first)
-            s = loops.work_space("scores", (g, stop - t, size, size), q.dtype)
-            loops.small_products(q[rows], self.kt[keys], out=s)
-            if self.after != 1.0:
-                s *= np.asarray(self.after, s.dtype)
-            self._hide_own(s, span, t)
-            if m is not None:
-                np.max(s, axis=-1, keepdims=True, out=m[rows])
-                m[rows][m[rows] == -math.inf] = 0
-                m[rows] = np.where((s == -math.inf).all(axis=-1, keepdims=True), -math.inf, m[rows])
-            self._exp(s, None if m is None else np.where(m[rows] == -math.inf, 0, m[rows]))
-            total[rows] = np.matmul(s, loops.ones_column(size, s.dtype))
-            loops.small_products(s, self.values[keys], out=sums[rows])
+        relative = self.call.pattern is not None and self.call.pattern.relative
+        for part in _own_parts(self.call.pattern if relative else None, self.size):
+            rows = part.rows[1] - part.rows[0]
+            at_once = max(1, TILE // (self.g * rows * self.size))
+            for t in range(a, b, at_once):
+                self._own_part(span, t, min(t + at_once, b), part)
 
-    def _hide_own(self, s: Array, span: Span, t: int) -> None:
-        """Hide what is not seen of own blocks: scores ``(G, blocks, size, size)`` from `t` on."""
+    def _own_part(self, span: Span, t: int, stop: int, part: Part) -> None:
+        """Some rows and keys of the own blocks ``[t, stop)``."""
+        (r0, r1), (j0, j1) = part.rows, part.keys
+        by_block = (self.g, span.t1 - span.t0, self.size, -1)
+
+        def cut(x: Array) -> Array:
+            return x.reshape(by_block)[:, t - span.t0 : stop - span.t0, r0:r1]
+
+        q, total, m = cut(span.q), cut(span.total), None if span.m is None else cut(span.m)
+        keys = slice(t + self.first, stop + self.first)
+        s = loops.work_space("scores", (self.g, stop - t, r1 - r0, j1 - j0), self.k.dtype)
+        loops.small_products(q, self.kt[keys, :, j0:j1], out=s)
+        if self.after != 1.0:
+            s *= np.asarray(self.after, s.dtype)
+        hidden = self._hide_own(s, span, t, part)
+        if m is not None:
+            np.max(s, axis=-1, keepdims=True, initial=-math.inf, out=m)
+        self._exp(s, None if m is None else np.where(m == -math.inf, 0, m), hidden=hidden)
+        total[...] = np.matmul(s, loops.ones_column(j1 - j0, s.dtype))
+        loops.small_products(s, self.values[keys, j0:j1], out=cut(span.sums))
+
+    def _hide_own(self, s: Any, span: Span, t: int, part: Part) -> bool:
+        """Hide what is not seen of own blocks from `t` on, in the scores of a part; whether any."""
         size, pattern, kinds = self.size, self.call.pattern, self.own_kinds
         last = self.n_blocks - 1 - self.first - t
-        if last < s.shape[1] and self.nk % size:
-            s[:, last, :, self.nk % size :] = -math.inf
-        if pattern is None or kinds is None:
-            return
+        filled = bool(last < s.shape[1] and self.nk % size)
+        if filled:
+            s[:, last, :, max(self.nk % size - part.keys[0], 0) :] = -math.inf
+        if part.hidden is not None:
+            np.copyto(s, -math.inf, where=part.hidden)
+            return True
+        if pattern is None or kinds is None or pattern.relative:
+            return filled
         every = np.arange(t, t + s.shape[1])
         some = np.flatnonzero(kinds[every, every + self.first] != 2)
-        if not len(some):
-            return
-        if pattern.relative:
-            np.copyto(s, -math.inf, where=_hidden(pattern, size))
-            return
         for n in some.tolist():
             rows = np.arange(size) + (t + n - span.t0) * size
             for h in range(self.g):
                 at = rows + h * len(span.i)
                 self._hide(s[h, n], pattern, span, at, t + n + self.first)
+        return filled or bool(len(some))
 
     def _each_head(self, rows: Array, span: Span) -> Array:
         return (np.arange(self.g)[:, None] * len(span.i) + rows).reshape(-1)
@@ -760,13 +778,30 @@ def _square(x: Array) -> float:
     return float(np.vecdot(x, x).max(initial=0))
 
 
+def _largest(x: Array) -> float:
+    """The largest absolute value; NaN where there is one."""
+    return float(np.maximum(np.max(x, initial=0), -np.min(x, initial=0)))
+
+
 def _blocks(x: Array, size: int) -> Array:
     """``(Nk, D)`` as blocks, the last filled up with zeros."""
     return routing.blocked(np.ascontiguousarray(x), size, axis=-2, xp=np)
 
 
 @lru_cache(maxsize=32)
-def _hidden(pattern: Pattern, size: int) -> Array:
-    """What queries do not see of the block that they lie in."""
-    seen = ~pattern.visible(TilePairs(0, size, 0, size, 0, xp=np, device=None))
-    return np.broadcast_to(seen, (size, size))
+def _own_parts(pattern: Pattern | None, size: int) -> tuple[Part, ...]:
+    """A block's queries with its own keys: in parts where distance alone hides some."""
+    whole = (Part((0, size), (0, size)),)
+    if pattern is None:
+        return whole
+    hidden = ~pattern.visible(TilePairs(0, size, 0, size, 0, xp=np, device=None))
+    hidden = np.broadcast_to(hidden, (size, size))
+    if not hidden.any():
+        return whole
+    parts = []
+    for r0 in range(0, size, OWN_ROWS):
+        r1 = min(r0 + OWN_ROWS, size)
+        seen = np.flatnonzero(~hidden[r0:r1].all(axis=0))
+        j0, j1 = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+        parts.append(Part((r0, r1), (j0, j1), hidden[r0:r1, j0:j1]))
+    return tuple(parts)
