@@ -271,6 +271,33 @@ def test_whole_numbers_tie_where_they_should(lane: Lane, per: str, how: dict[str
     np.testing.assert_array_equal(lane.to_numpy(found), expected)
 
 
+@pytest.mark.parametrize("score", ["mean", "bound"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_whole_numbers_tie_for_heads_with_masks_of_their_own(
+    lane: Lane, score: str, alike: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    q, k = (rng.integers(-2, 3, (16, heads, 60, 2)).astype(float) for heads in (4, 2))
+    how = {"select": "blocks", "per": "group", "block_size": 6, "top_k": 2, "scale": 0.1}
+    how |= {"score": score, "return_selection": True}
+    mask = np.ones((4, 1, 60), bool)
+    if not alike:  # of blocks of five keys for one head and six for another: whole means, too
+        mask[::2, :, 1::6] = False
+        k *= 30
+    _, found = lane.call(sparse_attention, q, k, k, dtype="float64", mask=mask, **how)
+    _, expected = reference.sparse_attention(q, k, k, mask=mask, **how)
+    np.testing.assert_array_equal(lane.to_numpy(found), expected)
+    if alike:
+        _, without = reference.sparse_attention(q, k, k, **how)
+        np.testing.assert_array_equal(expected, without)
+
+
+def test_the_reference_takes_no_heads_at_all() -> None:
+    none = np.zeros((0, 4, 2))
+    out = reference.sparse_attention(none, none, none, per="group", block_size=2)
+    assert out.shape == none.shape
+
+
 # -- Theory -----------------------------------------------------------------------------------
 
 

@@ -100,6 +100,8 @@ def at_once(q: Array, k: Array, v: Array, is_causal: bool) -> Array | None:
 
     if not (type(q) is type(k) is type(v) is torch.Tensor and q.dtype == k.dtype == v.dtype):
         return None
+    if torch.is_autocast_enabled("cpu"):  # gives another dtype, which the door undoes
+        return None
     if q.dtype not in (torch.float32, torch.float64) or q.ndim != 4 or k.shape != v.shape:
         return None
     (*lead, nq, d), (*key_lead, nk, key_d) = q.shape, k.shape
@@ -115,8 +117,8 @@ def at_once(q: Array, k: Array, v: Array, is_causal: bool) -> Array | None:
         return None
     if not fit or not _takes_flash((q, k, v), options):
         return None
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-    return out if out.dtype == q.dtype else None  # autocast gives another: the door undoes that
+    out: Array = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    return out
 
 
 def _unsupported(call: SoftmaxInputs) -> Iterator[str]:

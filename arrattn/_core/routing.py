@@ -210,7 +210,7 @@ def block_scores(
     """
     Scores of all blocks for each query ``q (..., Hkv, G, n, D)``: (..., Hkv, G, n, nb).
 
-    Those by guides have still to be `scaled`, but for heads of a group with guides of their own.
+    Those by guides are sums, and have still to be `scaled`.
     """
     xp, given = call.xp, call.block_scores
     if choice.score == "best":
@@ -224,15 +224,8 @@ def block_scores(
         q = xp.concat([xp.maximum(q, zero), xp.minimum(q, zero)], axis=-1)
     keys = guide[..., : q.shape[-1]]
     if guide.shape[-3] == 1:
-        s = group_matmul(q, xp.matrix_transpose(xp.squeeze(keys, axis=-3)), xp=xp)
-    else:
-        s = xp.matmul(q, xp.matrix_transpose(keys))
-    return scaled(s, call, choice, guide) if _apart(choice, guide) else s
-
-
-def _apart(choice: Choice, guide: Array) -> bool:
-    """Whether heads choose together whose guides may be of unlike numbers of keys."""
-    return choice.per == "group" and bool(guide.shape[-3] > 1)
+        return group_matmul(q, xp.matrix_transpose(xp.squeeze(keys, axis=-3)), xp=xp)
+    return xp.matmul(q, xp.matrix_transpose(keys))
 
 
 def scaled(s: Array, call: SoftmaxInputs, choice: Choice, guide: Array) -> Array:
@@ -240,10 +233,24 @@ def scaled(s: Array, call: SoftmaxInputs, choice: Choice, guide: Array) -> Array
     Scores by guides, times the scale, and those by sums over the number of keys.
 
     This comes last, after sums: products of whole numbers, which it rounds, then tie as they do.
+    Of heads that choose together it takes the first one's numbers of keys.
     """
     if choice.score == "bound":
         return s * abs(call.scale)
-    return s / call.xp.matrix_transpose(guide[..., -1:]) * call.scale
+    counts = call.xp.matrix_transpose(guide[..., -1:])
+    return s / (counts[..., :1, :, :] if choice.per == "group" else counts) * call.scale
+
+
+def _of_unlike_heads(
+    s: Array, one: Array, may: Array, call: SoftmaxInputs, choice: Choice, guide: Array
+) -> Array:
+    """Scores `scaled` of what all heads of a group choose, where their numbers of keys differ."""
+    xp = call.xp
+    if choice.score != "mean" or choice.per != "group" or guide.shape[-3] == 1:
+        return s
+    counts = xp.matrix_transpose(guide[..., -1:])
+    alike = xp.all(counts == counts[..., :1, :, :], axis=-3, keepdims=True)
+    return xp.where(alike, s, together(one / counts, may, choice, xp=xp)[0] * call.scale)
 
 
 def _best_scores(
@@ -352,9 +359,11 @@ def choose_blocks(
     nb = may.shape[-1]
     s = _for_all(call, choice, rows) if choice.score == "given" else None
     if s is None:
-        s, may = together(block_scores(call, choice, guide, q, rows, finite), may, choice, xp=xp)
-        if guide is not None and not _apart(choice, guide):
+        one, of = block_scores(call, choice, guide, q, rows, finite), may
+        s, may = together(one, of, choice, xp=xp)
+        if guide is not None:
             s = scaled(s, call, choice, guide)
+            s = _of_unlike_heads(s, one, of, call, choice, guide)
     else:
         shape = (*call.batch, *call.heads, rows.n, nb)
         _, may = together(xp.zeros(shape, dtype=s.dtype, device=call.device), may, choice, xp=xp)

@@ -354,7 +354,7 @@ class _Together:
         if self.per == "block":
             return self.sum(scores, of, xp) / counts * times
         divided = self.sum(scores / counts, of, xp)
-        if self.per == "group":
+        if self.per == "group" and self.heads[1]:
             counts = xp.reshape(counts, (*counts.shape[:-3], *self.heads, *counts.shape[-2:]))
             first = counts[..., :1, :, :]
             same = xp.all(counts == first, axis=-3)
