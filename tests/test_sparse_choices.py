@@ -20,7 +20,7 @@ from arrattn import attention, patterns, reference, sparse_attention
 
 ALWAYS = (
     None, sights.causal(), sights.window(2, 0), sights.everywhere(2), sights.strided(3),
-    sights.window(1, 1) | sights.everywhere(1),
+    sights.window(1, 1) | sights.everywhere(1), sights.prefix(np.array(2)),
 )  # fmt: skip
 
 
