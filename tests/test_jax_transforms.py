@@ -13,7 +13,10 @@ from lanes import close
 from softmax import in_tiles
 from tolerance import output_error
 
-from arrattn import attention, linear_attention, local_attention, sparse_attention
+from arrattn import attention, explain, linear_attention, local_attention, sparse_attention
+from arrattn._core import routing
+from arrattn._core.inputs import read_sparse
+from arrattn.patterns import Causal, Prefix, Where, Window
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "dense": attention,
@@ -54,6 +57,40 @@ def test_tiles_are_scanned() -> None:
     got = in_tiles((4, 3))(*map(jnp.asarray, qkv), is_causal=True)
     expected = attention(*qkv, is_causal=True)
     close(np.asarray(got), expected, within=2 * output_error(*qkv, dtype="float64"))
+
+
+def test_keys_seen_by_any_are_found_a_few_queries_at_a_time() -> None:
+    n, few = 1 << 19, 5  # two queries to a step
+    x = jnp.zeros((1, n, 1))
+    for name, pattern in (("last", 4), ("first", 0)):
+        call, _ = read_sparse(
+            x[:, :few], x, x, pattern=Where(lambda p, j, at=pattern: (p == at) & (j % 7 == 3)),
+            q_offset=0, block_size=None, top_k=None, route=None, select="keys", per="query",
+        )  # fmt: skip
+        seen = np.asarray(routing.seen_by_any(call, few)).reshape(-1)
+        np.testing.assert_array_equal(seen, np.arange(n) % 7 == 3, err_msg=name)
+
+
+def test_what_is_always_seen_may_be_told_by_arrays() -> None:
+    q, k, v = arrays()[:3]
+    options: dict[str, Any] = {"block_size": 4, "top_k": 1, "select": "blocks"}
+    n = np.asarray([1, 5, 2])
+    expected = sparse_attention(q, k, v, always=Prefix(n), **options)
+    got = sparse_attention(*map(jnp.asarray, (q, k, v)), always=Prefix(jnp.asarray(n)), **options)
+    close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@pytest.mark.parametrize("pattern", [None, Causal(), Window(5, 0), ~Causal()])
+def test_the_products_named_are_those_of_whole_tiles(pattern: Any) -> None:
+    for n in (300, 1500):
+        x = jnp.zeros((2, n, 8), jnp.float32)
+        why = explain(attention, x, x, x, pattern=pattern, q_offset=0)
+        tiles = int((why.plan.kinds > 0).sum())
+        # Of a single tile all pairs are computed, whether any is seen or not.
+        pairs = n * n if why.plan.kinds.size == 1 else tiles * np.prod(why.plan.tile)
+        assert why.products == 2 * pairs * (8 + 8)
+        blind = explain(attention, x, x, x, pattern=Window(0, 0), q_offset=9 * n)
+        assert blind.products == (2 * n * n * 16 if blind.plan.kinds.size == 1 else 0)
 
 
 SHARED: dict[str, Any] = {

@@ -149,11 +149,20 @@ def test_documents_cost_what_they_are() -> None:
     assert work.exps - 6 * 500 * 500 <= 2 * 3000  # merging what is left over of a document's tiles
 
 
-def test_blocks_of_a_table_cost_no_more_than_one_by_one() -> None:
-    arrays, size = qkv(4096), 64
-    table = np.eye(64, dtype=bool) | np.eye(64, k=5, dtype=bool)
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_blocks_of_a_table_cost_no_more_than_one_by_one(size: int) -> None:
+    arrays, many = qkv(4096), 4096 // size
+    table = np.eye(many, dtype=bool) | np.eye(many, k=3, dtype=bool)
     work = done(attention, *arrays, pattern=Blocks(table, size))
     assert work.exps <= table.sum() * (size * size + plan.RUN_OVERHEAD)
+
+
+def test_rows_whose_largest_scores_come_first_are_done_once() -> None:
+    q, k, v = qkv(1000)
+    q, k[:, :256] = q * 40, k[:, :256] * 4
+    work = done(attention, q, k, v)
+    # What is taken off the scores is one more column of them.
+    assert work.products == 1000 * 1000 * (per_pair((q, k, v)) + 1)
 
 
 def test_positions_that_all_see_cost_themselves() -> None:
@@ -260,6 +269,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "sparse keys": partial(sparse_attention, is_causal=True, block_size=32, top_k=9, route=3),
     "sparse blocks": partial(
         sparse_attention, is_causal=True, block_size=32, top_k=3, select="blocks"
+    ),
+    "sparse blocks in a window": partial(
+        sparse_attention, window=(75, 0), block_size=32, top_k=3, select="blocks"
     ),
     "blocks of blocks": partial(
         sparse_attention, block_size=32, top_k=3, select="blocks", per="block"

@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     j0: int
     j1: int
-    hide: bool
+    hide: bool = False
     moves: bool = False
     sees: Pattern | None = None
     parts: tuple[tuple[int, int], ...] = ()
@@ -475,7 +475,7 @@ def _gathered(strip: Strip, g: int) -> Strip:
     runs = [run for run in strip.runs if run not in short]
     for group in groups:
         parts = tuple((run.j0, run.j1) for run in group)
-        runs.append(Run(0, sum(j1 - j0 for j0, j1 in parts), hide=False, parts=parts))
+        runs.append(Run(0, sum(j1 - j0 for j0, j1 in parts), parts=parts))
     return strip._replace(runs=tuple(runs))
 
 

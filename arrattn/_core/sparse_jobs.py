@@ -288,7 +288,7 @@ class Head:
         q = loops.work_space("queries", (self.g, n, call.q.shape[-1]), acc)
         q[:, : real.start], q[:, real.stop :] = 0, 0
         here = call.q[0, :, i0 + real.start : i0 + real.stop]
-        np.multiply(here, np.asarray(self.before, acc), out=q[:, real], dtype=acc)
+        np.multiply(here, self.before, out=q[:, real], dtype=acc)
         rows = self.g * n
         m = None if self.calm else loops.work_space("shifts", (rows, 1), acc)
         total = loops.work_space("totals", (rows, 1), acc)
@@ -321,7 +321,7 @@ class Head:
         np.divide(sums, total, out=sums)
         found = np.log(total, out=total)
         if m is not None:
-            found += m * np.asarray(self.unit / LOG2E, found.dtype)
+            found += m * (self.unit / LOG2E)
         np.copyto(found, empty, where=none, casting="same_kind")
         at = slice(int(span.i[real.start]), int(span.i[real.start]) + real.stop - real.start)
         self.out[:, at] = sums.reshape(self.g, -1, sums.shape[1])[:, real]
@@ -346,7 +346,7 @@ class Head:
         if m is not None:
             s -= m
         if self.unit != 1.0:
-            s *= np.asarray(self.unit, s.dtype)
+            s *= self.unit
         least = np.finfo(s.dtype)
         if m is None and not hidden:
             return np.exp2(s, out=s)
@@ -368,7 +368,7 @@ class Head:
             s = loops.work_space("scores", (g, stop - t, size, size), q.dtype)
             loops.small_products(q[rows], self.kt[keys], out=s)
             if self.after != 1.0:
-                s *= np.asarray(self.after, s.dtype)
+                s *= self.after
             self._hide_own(s, span, t)
             if m is not None:
                 np.max(s, axis=-1, keepdims=True, out=m[rows])
@@ -474,7 +474,7 @@ class Head:
         """Scores ``out (r, size)`` of rows with the keys of a block; whether any are hidden."""
         np.matmul(q, self.kt[block], out=out)
         if self.after != 1.0:
-            out *= np.asarray(self.after, out.dtype)
+            out *= self.after
         if self.ragged[block]:
             pattern: Any = self.free
             self._hide(out, pattern, span, rows, block)
@@ -687,7 +687,7 @@ class Head:
             q = np.ascontiguousarray(q)
         loops.small_products(k, q, out=s)
         if self.after != 1.0:
-            s *= np.asarray(self.after, s.dtype)
+            s *= self.after
         kinds: Any = self.kinds
         odd = (kinds[span.t0 : span.t1, blocks] != 2).any(axis=0)
         for n, block in zip(np.flatnonzero(odd).tolist(), blocks[odd].tolist(), strict=True):
@@ -712,7 +712,7 @@ class Head:
         """
         guide: Any = self.guide
         k, d = self.choice.top_k, span.q.shape[1]
-        x = (span.q * np.asarray(self.after, span.q.dtype)).reshape(self.g, -1, d)
+        x = (span.q * self.after).reshape(self.g, -1, d)
         both = np.concatenate([np.maximum(x, 0), np.minimum(x, 0)], axis=-1)
         guides = np.broadcast_to(guide[0], (self.g, *guide.shape[-2:]))
         bound = np.matmul(both, guides.swapaxes(-1, -2))

@@ -241,7 +241,7 @@ class _Head:
         elif not (np.isfinite(least) and np.isfinite(most)):
             return False
         if not self.job.normalize:
-            np.multiply(top, np.asarray(self.job.scale, top.dtype), out=top)
+            np.multiply(top, self.job.scale, out=top)
         else:
             if least <= 0:
                 empty = total == 0
