@@ -81,7 +81,10 @@ def test_not_an_array(family: str, position: int, x: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.complex128, np.bool_])
 def test_not_real_floating(family: str, dtype: Any) -> None:
     x = ONES.astype(dtype)
-    says = ("expected one of float64, float32, float16, bfloat16", np.dtype(dtype).name)
+    says = [
+        f"{x}: expected one of float64, float32, float16, bfloat16, got {np.dtype(dtype).name}"
+        for x in "qkv"
+    ]
     refused(TypeError, *says, by=lambda: FAMILIES[family](x, x, x))
 
 

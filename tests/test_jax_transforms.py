@@ -14,7 +14,7 @@ from softmax import in_tiles
 from tolerance import output_error
 
 from arrattn import attention, explain, linear_attention, local_attention, sparse_attention
-from arrattn._core import routing
+from arrattn._core import loops, routing
 from arrattn._core.inputs import read_sparse
 from arrattn.patterns import Causal, Prefix, Where, Window
 
@@ -51,11 +51,13 @@ def test_lengths_may_be_traced(family: str) -> None:
     close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
 
 
-def test_tiles_are_scanned() -> None:
-    q, k, v = arrays(13)
-    qkv = np.concatenate([q, k], axis=1), k, v  # two query heads to a key head
-    got = in_tiles((4, 3))(*map(jnp.asarray, qkv), is_causal=True)
-    expected = attention(*qkv, is_causal=True)
+@pytest.mark.parametrize("tile", [(4, 6), (4, 5)])  # all whole, or the last one short
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_are_scanned(tile: tuple[int, int], causal: bool) -> None:
+    q, k, v = arrays()
+    qkv = np.concatenate([q, k], axis=1)[..., :11, :], k, v  # two query heads to a key head
+    got = in_tiles(tile)(*map(jnp.asarray, qkv), is_causal=causal)
+    expected = attention(*qkv, is_causal=causal)
     close(np.asarray(got), expected, within=2 * output_error(*qkv, dtype="float64"))
 
 
@@ -69,6 +71,15 @@ def test_keys_seen_by_any_are_found_a_few_queries_at_a_time() -> None:
         )  # fmt: skip
         seen = np.asarray(routing.seen_by_any(call, few)).reshape(-1)
         np.testing.assert_array_equal(seen, np.arange(n) % 7 == 3, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_kth_largest_is_found_bit_by_bit(dtype: str) -> None:
+    rows = [[0.0, -1.0, 2.0, -np.inf], [5e-300, -0.0, -2.0, np.inf], [1.0, 1.0, -1.0, -1.0]]
+    x = np.asarray(rows, dtype)
+    for k in (1, 2, 3, 4):
+        got = np.asarray(loops.kth_largest(jnp.asarray(x), k, xp=jnp))
+        np.testing.assert_array_equal(got, np.sort(x, axis=-1)[:, 4 - k : 5 - k])
 
 
 def test_what_is_always_seen_may_be_told_by_arrays() -> None:

@@ -544,3 +544,19 @@ def test_a_function_may_change_between_calls() -> None:
 def test_bad_input_is_named(options: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         linear_attention(*self_attention("relu").arrays, **options)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 4), (2, 1, 2), (4, 1, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_documents_differ_by_item_where_values_have_more_heads(
+    heads: tuple[int, int, int], causal: bool, apart: bool
+) -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.random((2, h, 9, d)) for h, d in zip(heads, (3, 3, 5), strict=True))
+    ids = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [3, 3, 1, 1, 1, 1, 1, 0, 0]])
+    of = (lambda x: (x, x.copy())) if apart else (lambda x: x)
+    got = linear_attention(q, k, v, segment_ids=of(ids), is_causal=causal)
+    for b in range(2):
+        alone = linear_attention(q[b], k[b], v[b], segment_ids=of(ids[b]), is_causal=causal)
+        close(got[b], alone, within=C * eps("float64"))

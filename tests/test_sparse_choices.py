@@ -85,6 +85,17 @@ def test_queries_may_begin_inside_a_block(lane: Lane, per: str, rows: int, offse
     agrees(lane, in_rows(rows), reference.sparse_attention, Case(q, k, v, options))
 
 
+@pytest.mark.lanes("numpy", "strict", "torch")
+@pytest.mark.parametrize("per", ["query", "block"])
+@pytest.mark.parametrize("offset", range(7, 18))
+def test_queries_may_lie_behind_the_last_key(lane: Lane, per: str, offset: int) -> None:
+    rng = np.random.default_rng(12)
+    q, (k, v) = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 1, 13, 4))  # 13 is in a block to 16
+    for select in ("keys", "blocks"):
+        options = {"per": per, "block_size": 4, "top_k": 2, "select": select, "q_offset": offset}
+        agrees(lane, sparse_attention, reference.sparse_attention, Case(q, k, v, options))
+
+
 # Where every new shape is compiled, the draws of `chosen_cases` stand for these.
 @pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "torch-cuda", "cupy", "dask")
 @pytest.mark.parametrize("per", ["query", "block", "group"])

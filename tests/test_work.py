@@ -27,7 +27,18 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import few, jobs, loops, plan, routing, sparse_jobs, streams
+from arrattn._core import (
+    decay,
+    few,
+    gated,
+    jobs,
+    loops,
+    plan,
+    routing,
+    select,
+    sparse_jobs,
+    streams,
+)
 from arrattn.patterns import Blocks, Causal, Global, Segments, Window
 
 
@@ -343,6 +354,22 @@ def test_where_keys_seen_are_a_span_no_pair_is_asked(monkeypatch: pytest.MonkeyP
         sparse_attention(*qkv(600), **options, **sight, always=Window(3, 0))
 
 
+@pytest.mark.parametrize("offset", [0, 10, 12, 13, 15, 16, 40])
+def test_only_queries_behind_the_keys_of_a_block_are_left_to_tiles(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    was = select._in_tiles
+
+    def in_tiles(call: Any, *args: Any, **options: Any) -> Any:
+        taken.append(call)
+        return was(call, *args, **options)
+
+    monkeypatch.setattr(select, "_in_tiles", in_tiles)
+    sparse_attention(*qkv(3, 13), block_size=4, top_k=2, q_offset=offset)  # keys end within a block
+    assert bool(taken) == any(13 <= p < 16 for p in range(offset, offset + 3))
+
+
 # -- Linear -----------------------------------------------------------------------------------
 
 
@@ -365,6 +392,26 @@ def test_causal_linear_attention_costs_its_chunks_beside(n: int, m: int, g: int)
     chunk = 64
     within = g * min(n, m) * chunk * (d + dv + 1)
     assert work.products <= (m + g * n) * d * (dv + 1) + m * d + within
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_decay_by_feature_halves_a_chunk_once(delta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    was = decay.products
+
+    def products(rows: Any, keys: Any, *args: Any) -> Any:
+        calls.append(keys.shape[-2])
+        return was(rows, keys, *args)
+
+    monkeypatch.setattr(decay, "products", products)
+    n = gated.CHUNK
+    q, k, v = qkv(n)
+    steps = np.full((1, n, 8), -0.1, np.float32)
+    if delta:
+        delta_attention(q, k / 4, v, beta=np.full((1, n), 0.5, np.float32), log_decay=steps)
+    else:
+        linear_attention(q, k, v, is_causal=True, log_decay=steps, normalize=False)
+    assert calls == [n >> i for i in range(n.bit_length())]
 
 
 MAPS = {

@@ -134,7 +134,7 @@ def gather(q: Array, k: Array, v: Array, scale: float) -> State:
     q = q * (scale * LOG2E)
     s = loops.work_space("scores", (*lead, r, m), q.dtype)
     for rows, keys in _chunks(s, k, 1 << max(SCORES // r, 1).bit_length() - 1):
-        np.matmul(q[..., None, :, :], keys.swapaxes(-1, -2), out=rows)
+        np.matmul(q[..., None, :, :], keys.mT, out=rows)
     top = s.max(axis=-1, keepdims=True, initial=-math.inf)
     np.subtract(s, np.where(top == -math.inf, 0, top), out=s)
     np.exp2(np.maximum(s, LOW, out=s), out=s)

@@ -150,7 +150,7 @@ class Rows:
             if k.strides[-1] == k.itemsize:
                 beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
             else:
-                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).swapaxes(-1, -2)
+                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).mT
             beside[:, :d], beside[:, d] = k, 1
             k = beside
         n = rows[1] - rows[0]

@@ -296,7 +296,7 @@ def at_once(q: Array, k: Array, v: Array) -> Array | None:
     if nq * nk > SMALL or nk > SMALL_KEYS or products > loops.SMALL or q.size * nk > 4 * BUDGET:
         return None
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        s = loops.product(q * d**-0.5, k.swapaxes(-1, -2), "scores", xp=np)
+        s = loops.product(q * d**-0.5, k.mT, "scores", xp=np)
         top = s.max(axis=-1, keepdims=True)
         if not np.isfinite(top).all():
             return None

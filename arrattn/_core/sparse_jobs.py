@@ -174,7 +174,7 @@ class Head:
         self.n_blocks = -(-self.nk // self.size)
         self.query_blocks = -(-(self.lead + choice.queries) // self.size)
         self.k, self.v = k, v
-        self.kt = _blocks(k, self.size).swapaxes(-1, -2)
+        self.kt = _blocks(k, self.size).mT
         if loops.unpacked():
             self.kt = np.ascontiguousarray(self.kt)
         self.values = _blocks(v, self.size)
@@ -235,9 +235,9 @@ class Head:
         weight = np.ones((self.nk, 1), self.k.dtype)
         if seen is not None:
             weight[:, 0] = seen.reshape(-1)
-        weight = _blocks(weight, self.size).swapaxes(-1, -2)  # (blocks, 1, size)
+        weight = _blocks(weight, self.size).mT  # (blocks, 1, size)
         counts = np.maximum(np.sum(weight, axis=-1), 1)
-        keys = self.kt.swapaxes(-1, -2)
+        keys = self.kt.mT
         return np.concatenate([np.matmul(weight, keys)[:, 0], counts], axis=-1)[None, None]
 
     def _kinds(self, pattern: Pattern | None) -> Array | None:
@@ -525,7 +525,7 @@ class Head:
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
         few = loops.unpacked()
-        keys = self.kt if few else self.kt.swapaxes(-1, -2)
+        keys = self.kt if few else self.kt.mT
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
             here, part = slice(a, a + at_once), ids[a : a + at_once]
@@ -544,7 +544,7 @@ class Head:
             if few:
                 loops.small_products(q[here, None], k, out=by_block)
             else:
-                np.matmul(q[here], k.reshape(n, wide, -1).swapaxes(-1, -2), out=s)
+                np.matmul(q[here], k.reshape(n, wide, -1).mT, out=s)
             by_block[none] = -math.inf
             if self.nk % self.size:
                 for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
@@ -612,7 +612,7 @@ class Head:
             q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
         starts = np.maximum(np.arange(span.t0, span.t1) * size - self.lead - i0, 0)
         q = np.add.reduceat(q, starts, axis=1)
-        s = np.matmul(q, guide[0, ..., : q.shape[-1]].swapaxes(-1, -2))
+        s = np.matmul(q, guide[0, ..., : q.shape[-1]].mT)
         s = routing.scaled(s[None], self.call, choice, guide)[0]
         may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
         return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)
@@ -715,7 +715,7 @@ class Head:
         x = (span.q * self.after).reshape(self.g, -1, d)
         both = np.concatenate([np.maximum(x, 0), np.minimum(x, 0)], axis=-1)
         guides = np.broadcast_to(guide[0], (self.g, *guide.shape[-2:]))
-        bound = np.matmul(both, guides.swapaxes(-1, -2))
+        bound = np.matmul(both, guides.mT)
         far = np.maximum(np.abs(guides[..., :d]), np.abs(guides[..., d:]))
         length = np.sqrt(np.vecdot(x, x))[..., None] * np.sqrt(np.vecdot(far, far))[:, None, :]
         # What rounding may add to a score or take off its bound.
