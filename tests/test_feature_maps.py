@@ -89,6 +89,12 @@ def test_every_map_cites_a_paper_and_is_called_as_it_is_made(name: str) -> None:
     assert repr(phi).startswith(phi.name)
 
 
+def test_the_map_of_distances_is_called_as_it_is_made() -> None:
+    phi = feature_maps.cosformer(9, start=2)
+    assert phi.name == "cosformer"
+    assert repr(phi) == "cosformer(9, start=2)"
+
+
 @pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in (*ALL_RANDOM, *BY_LANDMARKS)])
 def test_finite_features_are_the_kernel(name: str) -> None:
     x, y = points()
