@@ -61,7 +61,7 @@ SAME = (
     (r",( strict=\w+|\s*(?=\)))", ""),  # of a `zip` whose parts are equally long
     (r"((?:work_)?space\()(?:f?\"[^\"]*\"|None)", r"\1"),  # what a work space is called
     (r"(_held\([^()]*, )(?:\"[^\"]*\"|None)", r"\1"),  # and another
-    (r"(\.reshape\([^()]*-)\d\)", r"\g<1>1)"),  # NumPy reads any negative length as -1
+    (r"(\.reshape\([^()]*-)\d(?=[,)])", r"\g<1>1"),  # NumPy reads any negative length as -1
 )
 #: Functions that give nothing but how much is done at once, or which of two equal ways is taken:
 #: whatever they say, a call gives the same (tests call with other sizes), only at another time. No

@@ -88,6 +88,13 @@ def test_not_real_floating(family: str, dtype: Any) -> None:
     refused(TypeError, *says, by=lambda: FAMILIES[family](x, x, x))
 
 
+def test_a_decay_of_the_wrong_shape_names_the_function() -> None:
+    for function, gates in ((linear_attention, {}), (delta_attention, {"beta": np.ones((2, 5))})):
+        name = f"{function.__name__}: "
+        decay = {"log_decay": np.zeros((2, 5, 3))} | ({} if gates else {"is_causal": True})
+        refused(ValueError, name, by=lambda f=function, o=gates | decay: f(ONES, ONES, ONES, **o))
+
+
 @families
 def test_different_dtypes(family: str) -> None:
     says = ("k: expected the dtype of q (float64), got float32",)
@@ -391,6 +398,7 @@ BETA = np.ones((2, 5))
             "(..., Hkv, Nk, Dphi) = (2, 5, 4), its last axis 1 or 4, or (..., Hkv, Nk) = (2, 5)",
         ),
         ({"log_decay": np.zeros((2, 5, 3))}, ValueError, "its last axis 1 or 4"),
+        ({"log_decay": np.zeros((2, 5, 3))}, ValueError, "Dphi) = (2, 5, 4), "),
         ({"log_decay": np.zeros((3, 1, 1))}, ValueError, "log_decay: expected a shape that"),
         (
             {"log_decay": DECAY, "segment_ids": np.zeros(5, int), "return_state": True},

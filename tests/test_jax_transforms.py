@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import close
-from softmax import in_tiles
+from softmax import in_rows, in_tiles
 from tolerance import output_error
 
 from arrattn import attention, explain, linear_attention, local_attention, sparse_attention
@@ -64,13 +64,24 @@ def test_tiles_are_scanned(tile: tuple[int, int], causal: bool) -> None:
 def test_keys_seen_by_any_are_found_a_few_queries_at_a_time() -> None:
     n, few = 1 << 19, 5  # two queries to a step
     x = jnp.zeros((1, n, 1))
-    for name, pattern in (("last", 4), ("first", 0)):
+    for name, pattern in (("last", 4), ("first", 0), ("none", 5)):
         call, _ = read_sparse(
             x[:, :few], x, x, pattern=Where(lambda p, j, at=pattern: (p == at) & (j % 7 == 3)),
             q_offset=0, block_size=None, top_k=None, route=None, select="keys", per="query",
         )  # fmt: skip
         seen = np.asarray(routing.seen_by_any(call, few)).reshape(-1)
-        np.testing.assert_array_equal(seen, np.arange(n) % 7 == 3, err_msg=name)
+        expected = (np.arange(n) % 7 == 3) & (pattern < few)
+        np.testing.assert_array_equal(seen, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("per", ["query", "group", "block"])
+def test_a_selection_by_tiles_has_a_row_for_each_who_chooses(per: str) -> None:
+    q, k, v = arrays()
+    options: dict[str, Any] = {"block_size": 4, "top_k": 1, "select": "blocks", "per": per}
+    options |= {"return_lse": True, "return_selection": True}
+    *_, expected = sparse_attention(q, k, v, **options)
+    *_, got = in_rows(8)(*map(jnp.asarray, (q, k, v)), **options)
+    np.testing.assert_array_equal(np.asarray(got), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -102,6 +113,13 @@ def test_the_products_named_are_those_of_whole_tiles(pattern: Any) -> None:
         assert why.products == 2 * pairs * (8 + 8)
         blind = explain(attention, x, x, x, pattern=Window(0, 0), q_offset=9 * n)
         assert blind.products == (2 * n * n * 16 if blind.plan.kinds.size == 1 else 0)
+
+
+def test_a_loop_asks_for_gaps_only_where_there_are_some() -> None:
+    q, k, v = map(jnp.asarray, arrays())
+    for causal in (False, True):
+        traced = jax.make_jaxpr(lambda *x, c=causal: in_tiles((4, 4))(*x, is_causal=c, q_offset=0))
+        assert ("cond" in str(traced(q, k, v))) == causal
 
 
 SHARED: dict[str, Any] = {

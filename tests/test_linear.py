@@ -79,6 +79,15 @@ def self_attention(name: str, n: int = 11, seed: int = 0) -> Case:
     return Case(q, k, v, {"feature_map": name, "is_causal": True})
 
 
+@pytest.mark.lanes("numpy", "torch")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ALL_MAPS)
+def test_sums_that_are_not_divided(lane: Lane, name: str, causal: bool) -> None:
+    case = self_attention(name, n=40)
+    options = {"feature_map": name, "is_causal": causal, "normalize": False, "scale": 0.7}
+    check_linear(lane, Case(*case.arrays, options))
+
+
 @eager
 @pytest.mark.parametrize("name", MAPS)
 def test_equals_the_steps(lane: Lane, name: str) -> None:

@@ -462,6 +462,14 @@ def test_edges_are_those_of_blocks_that_are_not_small() -> None:
     assert patterns.Fixed(15, 2).edges(250, 0).keys == ()
 
 
+@pytest.mark.parametrize("n", [1, 100, 128, 129, 640])
+def test_no_tile_of_a_plan_is_empty(n: int) -> None:
+    for pattern in (patterns.Fixed(64), patterns.Global(n), patterns.Prefix(n), patterns.Causal()):
+        plan = make_plan(pattern, n, n, 0, (128, 64), pattern.edges(n, 0))
+        for starts in plan.starts:
+            assert (np.diff([*starts, n]) > 0).all()
+
+
 def test_a_plan_visits_keys_in_their_order() -> None:
     rng = np.random.default_rng(0)
     table = rng.random((40, 400)) < 0.5

@@ -96,6 +96,17 @@ def test_queries_may_lie_behind_the_last_key(lane: Lane, per: str, offset: int) 
         agrees(lane, sparse_attention, reference.sparse_attention, Case(q, k, v, options))
 
 
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+@pytest.mark.parametrize("score", ["mean", "bound"])
+def test_heads_that_choose_together_may_see_different_keys(lane: Lane, score: str) -> None:
+    rng = np.random.default_rng(14)
+    q, (k, v) = rng.normal(size=(4, 13, 3)), rng.normal(size=(2, 2, 17, 3))
+    options = {"mask": rng.random((4, 13, 17)) < 0.5, "per": "group", "score": score}
+    options |= {"block_size": 4, "top_k": 2, "route": 2, "select": "blocks"}
+    for attend in (in_rows(5), sparse_attention):
+        agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
+
+
 # Where every new shape is compiled, the draws of `chosen_cases` stand for these.
 @pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "torch-cuda", "cupy", "dask")
 @pytest.mark.parametrize("per", ["query", "block", "group"])
@@ -230,6 +241,21 @@ def test_equal_numbers_are_sorted_as_they_stand(lane: Lane) -> None:
     x = np.random.default_rng(5).integers(0, 3, (2, 5, 40))
     got = lane.call(lambda x: loops.stable_argsort(x, xp=array_namespace(x)), x, dtype="float64")
     np.testing.assert_array_equal(lane.to_numpy(got), np.argsort(x, axis=-1, kind="stable"))
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+@pytest.mark.parametrize("per", ["query", "block"])
+def test_a_selection_without_heads_has_none(lane: Lane, per: str) -> None:
+    q, k, v = np.random.default_rng(6).normal(size=(3, 1, 14, 4))
+    options = {"per": per, "block_size": 4, "top_k": 2, "return_selection": True}
+
+    def attend(*arrays: Any) -> Any:
+        return sparse_attention(*arrays, **options)[1]
+
+    one = lane.call(attend, q, k, v, dtype="float64")
+    alone = lane.call(attend, q[0], k[0], v[0], dtype="float64")
+    assert tuple(alone.shape) == tuple(one.shape[1:])
+    np.testing.assert_array_equal(lane.to_numpy(alone), lane.to_numpy(one)[0])
 
 
 # -- Limits -----------------------------------------------------------------------------------

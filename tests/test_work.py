@@ -17,6 +17,9 @@ from typing import Any
 import array_api_compat.numpy as compat_numpy
 import numpy as np
 import pytest
+from lanes import close
+from softmax import in_rows
+from tolerance import output_error
 
 from arrattn import (
     attention,
@@ -31,6 +34,7 @@ from arrattn._core import (
     decay,
     few,
     gated,
+    grouped,
     jobs,
     loops,
     plan,
@@ -370,6 +374,50 @@ def test_only_queries_behind_the_keys_of_a_block_are_left_to_tiles(
     assert bool(taken) == any(13 <= p < 16 for p in range(offset, offset + 3))
 
 
+# -- Sizes -----------------------------------------------------------------------------------
+
+
+DECAY = {"is_causal": True, "log_decay": np.full((1, 300), -0.1)}
+SPARSE: dict[str, Any] = {"block_size": 20, "top_k": 9, "route": 3, "is_causal": True}
+#: The functions that mutation testing leaves out, sizes that they may give, and who asks for them.
+SIZES: dict[str, tuple[Any, str, list[Any], Callable[..., Any]]] = {
+    "tiles": (jobs, "choose_tile", [(1, 7), (100, 3), (999, 999)], CALLS["causal"]),
+    "pairs": (jobs, "_pairs_at_once", [0, 1, 5000, 1 << 40], CALLS["causal"]),
+    "steps": (jobs, "_cost_of_runs", [-1, 1], CALLS["causal"]),
+    "rows": (select, "rows_at_once", [1, 7, 999], partial(sparse_attention, softcap=9.0, **SPARSE)),
+    "pairs of a block": (
+        grouped,
+        "_chunk_size",
+        [1, 5, 999],
+        partial(in_rows(50), per="query", **SPARSE),
+    ),
+    "chunks": (gated, "_chunks_at_once", [1, 3, 999], partial(linear_attention, **DECAY)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_decide_how_much_is_done_at_once_and_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function, sizes, call = SIZES[name]
+    arrays = [x.astype(np.float64) for x in qkv(300)]
+    expected = call(*arrays)
+    asked: list[str] = []
+    for size in sizes:
+
+        def give(*args: Any, size: Any = size, **options: Any) -> Any:
+            asked.append(name)
+            return size * len(args[-1]) if function == "_cost_of_runs" else size
+
+        monkeypatch.setattr(module, function, give)
+        jobs._cut_known.cache_clear()
+        got = call(*arrays)
+        monkeypatch.undo()
+        close(got, expected, within=2 * output_error(*arrays, dtype="float64"))
+    jobs._cut_known.cache_clear()
+    assert asked
+
+
 # -- Linear -----------------------------------------------------------------------------------
 
 
@@ -423,6 +471,28 @@ MAPS = {
     "taylor2": feature_maps.taylor2,
     "softmax": feature_maps.softmax(dim=8, num_features=16, rng=0),
 }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("features", ["positive", "hyperbolic", "trigonometric"])
+def test_random_weights_are_made_once_for_a_call(
+    features: Any, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phi = feature_maps.softmax(dim=8, num_features=16, rng=0, features=features)
+    made: list[int] = []
+    was = type(phi).weights
+
+    def weights(self: Any, *args: Any) -> Any:
+        made.append(1)
+        return was(self, *args)
+
+    monkeypatch.setattr(type(phi), "weights", weights)
+    counts = []
+    for n in (50, 3000):
+        q, k, v = qkv(n)
+        linear_attention(q / 4, k / 4, v, is_causal=causal, feature_map=phi)
+        counts.append(len(made))
+    assert counts[1] == 2 * counts[0]
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -99,7 +99,7 @@ def _boxes(batch: tuple[int, ...], heads: int, lanes: int) -> Iterator[tuple[Any
     step = lanes // max(heads, 1)
     for b in np.ndindex(*batch[:-1]):
         for i in range(0, batch[-1], step):
-            yield (*b, slice(i, i + step), slice(0, heads))
+            yield (*b, slice(i, i + step), slice(heads))
 
 
 def _cut(x: Array, at: tuple[Any, ...], trailing: int) -> Array:

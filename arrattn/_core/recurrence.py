@@ -550,13 +550,13 @@ def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tupl
     last = ids[..., -1:]
     same, on = memory.ids[..., None] == last, (ids == last)[..., None, :]  # (..., 1, c)
     S = xp.where(same[..., None, None], memory.S, 0.0)
-    phi, v = xp.where(on[..., None], keys.phi, 0.0), xp.where(on[..., None], keys.v, 0.0)
+    phi = xp.where(on[..., None], keys.phi, 0.0)
     log = key_log = before = bad = None
     if memory.log is not None:
         log, key_log = xp.where(same, memory.log, -math.inf), xp.where(on, keys.log, -math.inf)
     if memory.bad is not None:
         before, bad = memory.bad & same[..., None, None], keys.bad & on[..., None]
-    return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, v, bad)
+    return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, keys.v, bad)
 
 
 def finish(

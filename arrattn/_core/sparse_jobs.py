@@ -309,7 +309,8 @@ class Head:
     def _finish(self, span: Span) -> None:
         """Write output and log-sum-exp."""
         call, (_, _, _, _, real, m, total, sums) = self.call, span
-        none, empty = total == 0, np.asarray(-math.inf, total.dtype)
+        none = total == 0
+        empty: Any = -math.inf
         if call.sinks is not None:
             empty = np.repeat(call.sinks.reshape(-1, 1), len(span.i), axis=0)
             sinks = empty * LOG2E
