@@ -93,6 +93,8 @@ def test_a_decay_of_the_wrong_shape_names_the_function() -> None:
         name = f"{function.__name__}: "
         decay = {"log_decay": np.zeros((2, 5, 3))} | ({} if gates else {"is_causal": True})
         refused(ValueError, name, by=lambda f=function, o=gates | decay: f(ONES, ONES, ONES, **o))
+    x, gone = ONES[0], {"log_decay": np.zeros((5, 3)), "is_causal": True}
+    refused(ValueError, "Dphi) = (5, 4), ", by=lambda: linear_attention(x, x, x, **gone))
 
 
 @families
