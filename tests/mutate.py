@@ -10,6 +10,7 @@ when a test that runs this function fails. Works on a copy of the checkout:
                                                    of one file, or of any pattern of paths
     python tests/mutate.py --files 3 --sample 25 --lanes numpy --examples 15
                                                    quick: of three files, run on NumPy alone
+    python tests/mutate.py --mutants NAME NAME     these, by the names that a report gives them
 
 What is mutated, and which tests are run, stands in pyproject.toml under [tool.mutmut].
 
@@ -59,7 +60,19 @@ LIVES = ("survived", "no tests", "broken")
 SAME = (
     (r",( strict=\w+|\s*(?=\)))", ""),  # of a `zip` whose parts are equally long
     (r"((?:work_)?space\()(?:f?\"[^\"]*\"|None)", r"\1"),  # what a work space is called
-    (r"(\.reshape\([^()]*-)\d\)", r"\g<1>1)"),  # NumPy reads any negative length as -1
+    (r"(_held\([^()]*, )(?:\"[^\"]*\"|None)", r"\1"),  # and another
+    (r"(\.reshape\([^()]*-)\d(?=[,)])", r"\g<1>1"),  # NumPy reads any negative length as -1
+)
+#: Functions that give nothing but how much is done at once, or which of two equal ways is taken:
+#: whatever they say, a call gives the same (tests call with other sizes), only at another time. No
+#: test can tell what lives of them, so they are left out, killed or not.
+SIZES = (
+    "arrattn._core.gated._chunks_at_once",
+    "arrattn._core.grouped._chunk_size",
+    "arrattn._core.jobs._cost_of_runs",
+    "arrattn._core.jobs._pairs_at_once",
+    "arrattn._core.plan.choose_tile",
+    "arrattn._core.select.rows_at_once",
 )
 #: A test of a mutant may take so many seconds, and so many times as long as it did before.
 PATIENCE = (10, 20)
@@ -72,6 +85,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, help="so many mutants (default: all)")
     parser.add_argument("--files", type=int, help="of so many files only (default: all)")
     parser.add_argument("--only", help="of files only whose path matches this pattern")
+    parser.add_argument("--mutants", nargs="+", help="these only, by name", metavar="NAME")
     parser.add_argument("--seed", type=int, default=0, help="which of them (default: 0)")
     parser.add_argument("--floor", type=float, default=0.0, help="fail below this percentage")
     parser.add_argument("--lanes", default=LANES, help=f"ways of running (default: {LANES})")
@@ -126,7 +140,29 @@ def make_mutants(arguments: argparse.Namespace) -> list[tuple[Any, str]]:
         mutmut.create_mutants(arguments.jobs)
     everything, _ = mutmut.collect_source_file_mutation_data(mutant_names=())
     named = sorted(((data, name) for data, name, _ in everything), key=lambda x: x[1])
+    if arguments.mutants:
+        return asked_for(arguments.mutants, named)
+    named = without_sizes(named, all_files=not (arguments.files or arguments.only))
     return draw.sample(named, min(arguments.sample or len(named), len(named)))
+
+
+def asked_for(names: list[str], mutants: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """The mutants of these names, to be tried again."""
+    found = [(data, name) for data, name in mutants if name in names]
+    if missing := set(names) - {name for _, name in found}:
+        sys.exit(f"no such mutants: {', '.join(sorted(missing))}")
+    for data, name in found:
+        data.exit_code_by_key[name] = None
+    return found
+
+
+def without_sizes(mutants: list[tuple[Any, str]], *, all_files: bool) -> list[tuple[Any, str]]:
+    """The mutants, without those of `SIZES`."""
+    left_out = Counter(x for _, name in mutants if (x := plain_name(name)) in SIZES)
+    if all_files and (missing := set(SIZES) - set(left_out)):
+        sys.exit(f"no such functions: {', '.join(sorted(missing))}")
+    print(f"left out: {left_out.total()} of {len(mutants)} mutants, in functions that give sizes")
+    return [(data, name) for data, name in mutants if plain_name(name) not in SIZES]
 
 
 class Trial:
@@ -250,6 +286,12 @@ class Trial:
 def function_of(name: str) -> str:
     """The function of a mutant, as mutmut writes it."""
     return name.replace("__init__.", "").rpartition("__mutmut_")[0]
+
+
+def plain_name(name: str) -> str:
+    """The function of a mutant, as it is written."""
+    module, _, own = function_of(name).rpartition(".")
+    return f"{module}.{own.removeprefix('x_').removeprefix('xǁ').replace('ǁ', '.')}"
 
 
 def run_test(session: pytest.Session, i: int, after: int | None) -> None:

@@ -253,10 +253,29 @@ def test_hidden_tokens_reach_nobody(lane: Lane, what: str) -> None:
     close(call(spoiled), expected, within=within)
     # One token of segment 1 is spoiled, and seen: nothing before it is any worse.
     spoiled = {n: x.copy() for n, x in clean.items()}
-    spoiled[what][(..., 8, *tail)] = np.nan
+    spoiled[what][(..., 10, *tail)] = np.nan
     got = call(spoiled)
-    close(got[..., :8, :], expected[..., :8, :], within=within)
-    assert np.isnan(got[..., 8:, :]).all()
+    close(got[..., :10, :], expected[..., :10, :], within=within)
+    assert np.isnan(got[..., 10:, :]).all()
+
+
+@eager
+@pytest.mark.parametrize("what", ["k", "v", "beta", "log_decay"])
+@pytest.mark.parametrize("at", [5, 6, 10])
+def test_a_token_that_is_not_finite_is_read_by_nobody_before(
+    lane: Lane, what: str, at: int
+) -> None:
+    case = tokens()
+    expected = reference.delta_attention(*case.arrays, **case.options)
+    within = delta_errors(case, "float64", expected)[0]
+    arrays = {"k": case.k, "v": case.v, **case.options}
+    arrays[what] = arrays[what].copy()
+    arrays[what][(..., at, *(() if what == "beta" else (slice(None),)))] = np.nan
+    with chunks_of(4), np.errstate(invalid="ignore"):
+        qkv = case.q, arrays.pop("k"), arrays.pop("v")
+        got = lane.to_numpy(lane.call(delta_attention, *qkv, dtype="float64", **arrays))
+    close(got[..., :at, :], expected[..., :at, :], within=within)
+    assert np.isnan(got[..., at:, :]).all()
 
 
 def test_no_tokens_leave_the_state_as_it_was(lane: Lane) -> None:

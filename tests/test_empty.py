@@ -98,6 +98,15 @@ def test_any_axis_may_be_empty(
     assert np.isfinite(lane.to_numpy(out)).all()
 
 
+def test_a_selection_of_nothing(lane: Lane) -> None:
+    shapes = ((2, 3, 0, 4), (2, 1, 5, 4), (2, 1, 5, 6))
+    options: dict[str, Any] = {"top_k": 2, "block_size": 2, "select": "blocks"}
+    _, selection = lane.call(
+        sparse_attention, *map(np.ones, shapes), dtype="float64", return_selection=True, **options
+    )
+    lane.check(selection, np.zeros((2, 3, 0, 2)), dtype="int64", within=0.0)
+
+
 def test_no_heads_in_merge_and_lse(lane: Lane) -> None:
     part = lane.call(attention, *np.ones((3, 0, 3, 4)), dtype="float64", return_lse=True)
     out, lse = merge([part, part])

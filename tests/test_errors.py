@@ -81,8 +81,20 @@ def test_not_an_array(family: str, position: int, x: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.complex128, np.bool_])
 def test_not_real_floating(family: str, dtype: Any) -> None:
     x = ONES.astype(dtype)
-    says = ("expected one of float64, float32, float16, bfloat16", np.dtype(dtype).name)
+    says = [
+        f"{x}: expected one of float64, float32, float16, bfloat16, got {np.dtype(dtype).name}"
+        for x in "qkv"
+    ]
     refused(TypeError, *says, by=lambda: FAMILIES[family](x, x, x))
+
+
+def test_a_decay_of_the_wrong_shape_names_the_function() -> None:
+    for function, gates in ((linear_attention, {}), (delta_attention, {"beta": np.ones((2, 5))})):
+        name = f"{function.__name__}: "
+        decay = {"log_decay": np.zeros((2, 5, 3))} | ({} if gates else {"is_causal": True})
+        refused(ValueError, name, by=lambda f=function, o=gates | decay: f(ONES, ONES, ONES, **o))
+    x, gone = ONES[0], {"log_decay": np.zeros((5, 3)), "is_causal": True}
+    refused(ValueError, "Dphi) = (5, 4), ", by=lambda: linear_attention(x, x, x, **gone))
 
 
 @families
@@ -315,12 +327,13 @@ def test_local_attention_needs_a_window() -> None:
         ({"per": 3}, ValueError, "per: expected one of"),
         ({"score": "means"}, ValueError, "did you mean 'mean'?"),
         ({"return_selection": 1}, TypeError, "return_selection: expected"),
-        ({"always": "Causal()"}, TypeError, "always: expected an arrattn Pattern"),
+        ({"always": "Causal()"}, TypeError, "an arrattn Pattern, got 'Causal()' (str)"),
         (
             {"always": patterns.Segments(np.ones(3, int), np.ones(3, int))},
             ValueError,
             "always: segment ids",
         ),
+        ({"always": patterns.Prefix(np.ones(3, int))}, ValueError, "always: "),
         ({"block_scores": [1.0]}, TypeError, "block_scores: expected an array"),
         ({"block_scores": ONES > 0}, TypeError, "block_scores: expected an array of float64"),
         ({"block_scores": np.ones((2, 5, 9))}, ValueError, "block_scores: expected a shape"),
@@ -387,6 +400,7 @@ BETA = np.ones((2, 5))
             "(..., Hkv, Nk, Dphi) = (2, 5, 4), its last axis 1 or 4, or (..., Hkv, Nk) = (2, 5)",
         ),
         ({"log_decay": np.zeros((2, 5, 3))}, ValueError, "its last axis 1 or 4"),
+        ({"log_decay": np.zeros((2, 5, 3))}, ValueError, "Dphi) = (2, 5, 4), "),
         ({"log_decay": np.zeros((3, 1, 1))}, ValueError, "log_decay: expected a shape that"),
         (
             {"log_decay": DECAY, "segment_ids": np.zeros(5, int), "return_state": True},

@@ -179,6 +179,7 @@ def test_the_products_named_are_those_of_the_folds(
     attention(x, x, x, engine="tiles", **options)
     assert why.products == pairs * 16
     assert why.dense_products == 4 * 300 * 300 * 16
+    assert why.steps == ("a loop over tiles, each for all items and heads at once",)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,7 @@ def test_the_products_named_are_those_of_the_jobs(
     monkeypatch.setattr(jobs.Head, "run", count)
     attention(X, X, X, **options)
     assert why.products == pairs * 16
+    assert type(why.products) is int
     small = explain(attention, *(X[:, :, :20],) * 3)
     assert "small heads" in small.steps[0]
     pairs = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_api_compat import array_namespace
 from lanes import Lane, close
 from strategies import Case
 from sums import ALL_MAPS, ALL_RANDOM, BY_LANDMARKS, exponent, make_map
@@ -87,6 +88,23 @@ def test_every_map_cites_a_paper_and_is_called_as_it_is_made(name: str) -> None:
     assert re.search(r", (19|20)\d\d\b", phi.paper)
     assert hasattr(feature_maps, phi.name)
     assert repr(phi).startswith(phi.name)
+
+
+def test_the_map_of_distances_is_called_as_it_is_made() -> None:
+    phi = feature_maps.cosformer(9, start=2)
+    assert phi.name == "cosformer"
+    assert repr(phi) == "cosformer(9, start=2)"
+    assert repr(feature_maps.cosformer(9)) == "cosformer(9)"
+
+
+def test_weights_of_large_numbers_are_those_of_their_differences(lane: Lane) -> None:
+    x, phi = (
+        np.array([[400.0, 401.0, 399.0], [-800.0, -800.0, -900.0]]),
+        feature_maps.softmax_features,
+    )
+    got = lane.to_numpy(lane.call(lambda x: phi.phi(x, array_namespace(x)).phi, x, dtype="float64"))
+    p = np.exp([[-1.0, 0.0, -2.0], [0.0, 0.0, -100.0]])
+    close(got, p / p.sum(-1, keepdims=True), within=C * eps("float64"))
 
 
 @pytest.mark.parametrize("name", [n for n in ALL_MAPS if n not in (*ALL_RANDOM, *BY_LANDMARKS)])

@@ -127,6 +127,21 @@ def test_torch_equals_the_reference(name: str) -> None:
         close(a, b, within=1e-9 * (1 + np.abs(b).max()))
 
 
+@pytest.mark.parametrize("name", ["by token", "gated delta"])
+def test_transforms_of_torch_give_the_same_gradients(name: str) -> None:
+    (ours, *_), sizes = CALLS[name]
+    inputs = [torch.asarray(x) for x in arrays(**sizes).values()]
+
+    def loss(*inputs: Any) -> Any:
+        return sum((x**2).sum() for x in ours(*inputs))
+
+    with chunks_of(2):
+        got = torch.func.grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
+        expected = gradients(ours, sizes)
+    for a, b in zip(got, expected, strict=True):
+        close(a.numpy(), b, within=1e-12 * (1 + np.abs(b).max()))
+
+
 @pytest.mark.parametrize("name", ["gated delta by channel"])  # the others' steps are among its
 def test_jax_equals_the_reference_of_torch(name: str) -> None:
     (ours, theirs, *_), sizes = CALLS[name]

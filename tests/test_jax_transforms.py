@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import close
-from softmax import in_tiles
+from softmax import in_rows, in_tiles
 from tolerance import output_error
 
-from arrattn import attention, linear_attention, local_attention, sparse_attention
+from arrattn import attention, explain, linear_attention, local_attention, sparse_attention
+from arrattn._core import loops, routing
+from arrattn._core.inputs import read_sparse
+from arrattn.patterns import Causal, Prefix, Where, Window
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "dense": attention,
@@ -48,12 +51,75 @@ def test_lengths_may_be_traced(family: str) -> None:
     close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
 
 
-def test_tiles_are_scanned() -> None:
-    q, k, v = arrays(13)
-    qkv = np.concatenate([q, k], axis=1), k, v  # two query heads to a key head
-    got = in_tiles((4, 3))(*map(jnp.asarray, qkv), is_causal=True)
-    expected = attention(*qkv, is_causal=True)
+@pytest.mark.parametrize("tile", [(4, 6), (4, 5)])  # all whole, or the last one short
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_are_scanned(tile: tuple[int, int], causal: bool) -> None:
+    q, k, v = arrays()
+    qkv = np.concatenate([q, k], axis=1)[..., :11, :], k, v  # two query heads to a key head
+    got = in_tiles(tile)(*map(jnp.asarray, qkv), is_causal=causal)
+    expected = attention(*qkv, is_causal=causal)
     close(np.asarray(got), expected, within=2 * output_error(*qkv, dtype="float64"))
+
+
+def test_keys_seen_by_any_are_found_a_few_queries_at_a_time() -> None:
+    n, few = 1 << 19, 5  # two queries to a step
+    x = jnp.zeros((1, n, 1))
+    for name, pattern in (("last", 4), ("first", 0), ("none", 5)):
+        call, _ = read_sparse(
+            x[:, :few], x, x, pattern=Where(lambda p, j, at=pattern: (p == at) & (j % 7 == 3)),
+            q_offset=0, block_size=None, top_k=None, route=None, select="keys", per="query",
+        )  # fmt: skip
+        seen = np.asarray(routing.seen_by_any(call, few)).reshape(-1)
+        expected = (np.arange(n) % 7 == 3) & (pattern < few)
+        np.testing.assert_array_equal(seen, expected, err_msg=name)
+
+
+@pytest.mark.parametrize("per", ["query", "group", "block"])
+def test_a_selection_by_tiles_has_a_row_for_each_who_chooses(per: str) -> None:
+    q, k, v = arrays()
+    options: dict[str, Any] = {"block_size": 4, "top_k": 1, "select": "blocks", "per": per}
+    options |= {"return_lse": True, "return_selection": True}
+    *_, expected = sparse_attention(q, k, v, **options)
+    *_, got = in_rows(8)(*map(jnp.asarray, (q, k, v)), **options)
+    np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_kth_largest_is_found_bit_by_bit(dtype: str) -> None:
+    rows = [[0.0, -1.0, 2.0, -np.inf], [5e-300, -0.0, -2.0, np.inf], [1.0, 1.0, -1.0, -1.0]]
+    x = np.asarray(rows, dtype)
+    for k in (1, 2, 3, 4):
+        got = np.asarray(loops.kth_largest(jnp.asarray(x), k, xp=jnp))
+        np.testing.assert_array_equal(got, np.sort(x, axis=-1)[:, 4 - k : 5 - k])
+
+
+def test_what_is_always_seen_may_be_told_by_arrays() -> None:
+    q, k, v = arrays()[:3]
+    options: dict[str, Any] = {"block_size": 4, "top_k": 1, "select": "blocks"}
+    n = np.asarray([1, 5, 2])
+    expected = sparse_attention(q, k, v, always=Prefix(n), **options)
+    got = sparse_attention(*map(jnp.asarray, (q, k, v)), always=Prefix(jnp.asarray(n)), **options)
+    close(np.asarray(got), expected, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@pytest.mark.parametrize("pattern", [None, Causal(), Window(5, 0), ~Causal()])
+def test_the_products_named_are_those_of_whole_tiles(pattern: Any) -> None:
+    for n in (300, 1500):
+        x = jnp.zeros((2, n, 8), jnp.float32)
+        why = explain(attention, x, x, x, pattern=pattern, q_offset=0)
+        tiles = int((why.plan.kinds > 0).sum())
+        # Of a single tile all pairs are computed, whether any is seen or not.
+        pairs = n * n if why.plan.kinds.size == 1 else tiles * np.prod(why.plan.tile)
+        assert why.products == 2 * pairs * (8 + 8)
+        blind = explain(attention, x, x, x, pattern=Window(0, 0), q_offset=9 * n)
+        assert blind.products == (2 * n * n * 16 if blind.plan.kinds.size == 1 else 0)
+
+
+def test_a_loop_asks_for_gaps_only_where_there_are_some() -> None:
+    q, k, v = map(jnp.asarray, arrays())
+    for causal in (False, True):
+        traced = jax.make_jaxpr(lambda *x, c=causal: in_tiles((4, 4))(*x, is_causal=c, q_offset=0))
+        assert ("cond" in str(traced(q, k, v))) == causal
 
 
 SHARED: dict[str, Any] = {

@@ -21,6 +21,7 @@ from arrattn import (
     sparse_attention,
 )
 from arrattn._core import few, jobs, loops
+from arrattn._core.inputs import read_softmax
 from arrattn._core.jobs import at_once
 from arrattn.patterns import (
     Blocks,
@@ -372,6 +373,12 @@ def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
     monkeypatch.setattr(loops, "unpacked", lambda: most)
     scale = attend.keywords.get("scale")
     close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))
+
+
+def test_heads_are_small_up_to_so_many_pairs_and_keys() -> None:
+    for n, m, small in ((128, 128, True), (129, 128, False), (1, 512, True), (1, 513, False)):
+        call = read_softmax("attention", *standard_normal(n, m))
+        assert jobs.is_small(call) is small
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])

@@ -79,6 +79,15 @@ def self_attention(name: str, n: int = 11, seed: int = 0) -> Case:
     return Case(q, k, v, {"feature_map": name, "is_causal": True})
 
 
+@pytest.mark.lanes("numpy", "torch")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ALL_MAPS)
+def test_sums_that_are_not_divided(lane: Lane, name: str, causal: bool) -> None:
+    case = self_attention(name, n=40)
+    options = {"feature_map": name, "is_causal": causal, "normalize": False, "scale": 0.7}
+    check_linear(lane, Case(*case.arrays, options))
+
+
 @eager
 @pytest.mark.parametrize("name", MAPS)
 def test_equals_the_steps(lane: Lane, name: str) -> None:
@@ -544,3 +553,19 @@ def test_a_function_may_change_between_calls() -> None:
 def test_bad_input_is_named(options: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         linear_attention(*self_attention("relu").arrays, **options)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 4), (4, 2, 4), (2, 1, 2), (4, 1, 2)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_documents_differ_by_item_where_values_have_more_heads(
+    heads: tuple[int, int, int], causal: bool, apart: bool
+) -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.random((2, h, 9, d)) for h, d in zip(heads, (3, 3, 5), strict=True))
+    ids = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [3, 3, 1, 1, 1, 1, 1, 0, 0]])
+    of = (lambda x: (x, x.copy())) if apart else (lambda x: x)
+    got = linear_attention(q, k, v, segment_ids=of(ids), is_causal=causal)
+    for b in range(2):
+        alone = linear_attention(q[b], k[b], v[b], segment_ids=of(ids[b]), is_causal=causal)
+        close(got[b], alone, within=C * eps("float64"))

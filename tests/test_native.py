@@ -385,6 +385,8 @@ def test_a_plain_call_with_values_that_do_not_fit(value: float, spoil: int, caus
 X = randn(1, 2, 6, 4)
 OTHERS: dict[str, tuple[Any, ...]] = {
     "scores that may overflow": (X * 1e154, X * 1e154, X, False),
+    "sums of products that may": (torch.full((1, 2, 3, 64), 2e153, dtype=torch.float64),) * 3
+    + (False,),
     "positions": (X[..., :3, :], X, X, True),
     "grouped heads": (torch.cat([X, X], 1), X, X, False),
     "broadcast items": (torch.cat([X, X]), X, X, False),

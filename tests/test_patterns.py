@@ -127,8 +127,9 @@ def test_what_is_said_of_a_rectangle_holds_there(
     all_of_it = seen == (i1 - i0) * (j1 - j0)
     assert not (~np.asarray(some) & (seen > 0)).any(), "a visible pair is left out"
     assert not (every & ~all_of_it).any(), "a hidden pair is taken for visible"
-    if precise:
+    if precise or isinstance(pattern, patterns.Fixed):
         assert not (some & (seen == 0)).any(), "nothing to look at is looked at"
+    if precise:
         assert not (~np.asarray(every) & all_of_it).any(), "what is full is not known to be"
 
 
@@ -443,6 +444,39 @@ def test_nothing_is_seen_beside_the_band_but_by_the_rest(view: Any) -> None:
     else:
         assert not (beside & ~rest.table(nq, nk, q_offset=offset)).any()
         assert not (rest.table(nq, nk, q_offset=offset) & ~table).any()
+
+
+def test_a_product_of_unions_has_the_bands_of_its_terms() -> None:
+    a = patterns.Window(3, 0) | patterns.Global(2)
+    b = patterns.Window(0, 5) | patterns.Prefix(4)
+    assert patterns.apart(a & b)[0] == (-3, 6)
+    assert patterns.apart(patterns.Causal() & b)[0] == (0, 1)
+    assert patterns.apart(patterns.Causal() & patterns.Prefix(3))[0] is None
+
+
+def test_edges_are_those_of_blocks_that_are_not_small() -> None:
+    for n in (16, 17, 100):
+        assert tuple(sorted(patterns.Fixed(n, 2).edges(250, 0).keys)) == tuple(
+            sorted({*range(n, 250, n), 250} | {x - 2 for x in (*range(n, 250, n), 250)})
+        )
+    assert patterns.Fixed(15, 2).edges(250, 0).keys == ()
+
+
+@pytest.mark.parametrize("n", [1, 100, 128, 129, 640])
+def test_no_tile_of_a_plan_is_empty(n: int) -> None:
+    for pattern in (patterns.Fixed(64), patterns.Global(n), patterns.Prefix(n), patterns.Causal()):
+        plan = make_plan(pattern, n, n, 0, (128, 64), pattern.edges(n, 0))
+        for starts in plan.starts:
+            assert (np.diff([*starts, n]) > 0).all()
+
+
+def test_a_plan_visits_keys_in_their_order() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.random((40, 400)) < 0.5
+    for row in make_plan(patterns.Blocks(table, 1), 40, 400, 0, (1, 1)).visits():
+        real = row[row >= 0]
+        assert (np.diff(real) > 0).all()
+        assert (row[len(real) :] == -1).all()
 
 
 def test_random_blocks_of_queries_that_begin_at_different_places() -> None:

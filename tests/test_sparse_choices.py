@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sights
+from array_api_compat import array_namespace
 from hypothesis import strategies as st
 from lanes import Lane, built
 from laws import for_all
@@ -17,10 +18,12 @@ from test_sparse import not_under_jit, unambiguous
 from tolerance import output_error
 
 from arrattn import attention, patterns, reference, sparse_attention
+from arrattn._core import loops, routing
+from arrattn._core.inputs import read_sparse
 
 ALWAYS = (
     None, sights.causal(), sights.window(2, 0), sights.everywhere(2), sights.strided(3),
-    sights.window(1, 1) | sights.everywhere(1),
+    sights.window(1, 1) | sights.everywhere(1), sights.prefix(np.array(2)),
 )  # fmt: skip
 
 
@@ -82,6 +85,28 @@ def test_queries_may_begin_inside_a_block(lane: Lane, per: str, rows: int, offse
     agrees(lane, in_rows(rows), reference.sparse_attention, Case(q, k, v, options))
 
 
+@pytest.mark.lanes("numpy", "strict", "torch")
+@pytest.mark.parametrize("per", ["query", "block"])
+@pytest.mark.parametrize("offset", range(7, 18))
+def test_queries_may_lie_behind_the_last_key(lane: Lane, per: str, offset: int) -> None:
+    rng = np.random.default_rng(12)
+    q, (k, v) = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 1, 13, 4))  # 13 is in a block to 16
+    for select in ("keys", "blocks"):
+        options = {"per": per, "block_size": 4, "top_k": 2, "select": select, "q_offset": offset}
+        agrees(lane, sparse_attention, reference.sparse_attention, Case(q, k, v, options))
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+@pytest.mark.parametrize("score", ["mean", "bound"])
+def test_heads_that_choose_together_may_see_different_keys(lane: Lane, score: str) -> None:
+    rng = np.random.default_rng(14)
+    q, (k, v) = rng.normal(size=(4, 13, 3)), rng.normal(size=(2, 2, 17, 3))
+    options = {"mask": rng.random((4, 13, 17)) < 0.5, "per": "group", "score": score}
+    options |= {"block_size": 4, "top_k": 2, "route": 2, "select": "blocks"}
+    for attend in (in_rows(5), sparse_attention):
+        agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
+
+
 # Where every new shape is compiled, the draws of `chosen_cases` stand for these.
 @pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "torch-cuda", "cupy", "dask")
 @pytest.mark.parametrize("per", ["query", "block", "group"])
@@ -126,6 +151,111 @@ def test_a_selection_is_of_what_is_visible_elsewhere(select: str, score: str) ->
     seen = visible & (named | (block[:, None] == block))
     dense = attention(q, k, v, mask=seen)
     assert np.allclose(out, dense, atol=output_error(q, k, v, dtype="float64"), rtol=0)
+
+
+# What a part of the choice says, held against every pair; Dask does these in its blocks.
+PARTS = pytest.mark.lanes("numpy", "strict", "strict-device1", "torch", "torch-cuda", "cupy")
+SEEN = (
+    sights.causal(), sights.window(4, 1), sights.prefix(9), sights.prefix(np.array([9, 0, 13])),
+    sights.strided(3) & sights.prefix(7), sights.where(3, 2) & sights.window(3, 0),
+    sights.segments(np.arange(10).reshape(1, 10) // 4, np.arange(13).reshape(1, 13) // 3),
+)  # fmt: skip
+
+
+def a_call(sight: sights.Sight, always: sights.Sight | None) -> tuple[Any, dict[str, Any]]:
+    """Of lengths, heads, items and widths that are all different."""
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(3, 4, 10, 5)), *rng.normal(size=(2, 3, 2, 13, 5))
+    options = {"block_size": 4, "top_k": 2, "route": 2, "select": "keys", "per": "query"}
+    return arrays, options | {"pattern": sight} | ({"always": always} if always else {})
+
+
+def of_one_head(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Without the axis of query heads, where it has one."""
+    return x if x.ndim == 2 else x[..., 0, :, :]
+
+
+@PARTS
+@pytest.mark.parametrize("always", [None, sights.window(1, 0), sights.prefix(2), sights.strided(2)])
+@pytest.mark.parametrize("sight", SEEN, ids=str)
+def test_what_can_be_chosen_is_what_holds_a_free_key(
+    lane: Lane, sight: sights.Sight, always: sights.Sight | None
+) -> None:
+    def holds(*arrays: Any, **options: Any) -> Any:
+        call, choice = read_sparse(*arrays, **options)
+        return routing.holds(call, choice, routing.Rows(0, call.lengths[0]))
+
+    arrays, options = a_call(sight, always)
+    got = of_one_head(lane.to_numpy(lane.call(holds, *arrays, dtype="float64", **options)))
+    free = sight.table(10, 13, (3,), np.full(3, 3))
+    if always is not None:
+        free = free & ~always.table(10, 13, (3,), np.full(3, 3))
+    own = np.arange(13) // 4 == (np.arange(10)[:, None] + 3) // 4
+    expected = np.stack([(free & ~own)[..., j : j + 4].any(-1) for j in range(0, 13, 4)], axis=-1)
+    shape = np.broadcast_shapes(got.shape, expected.shape)
+    np.testing.assert_array_equal(np.broadcast_to(got, shape), np.broadcast_to(expected, shape))
+
+
+@PARTS
+@pytest.mark.parametrize("sight", SEEN, ids=str)
+def test_keys_seen_by_any_are_those_of_the_table(lane: Lane, sight: sights.Sight) -> None:
+    def seen_by_any(*arrays: Any, **options: Any) -> Any:
+        return routing.seen_by_any(read_sparse(*arrays, **options)[0], 10)
+
+    arrays, options = a_call(sight, None)
+    got = of_one_head(lane.to_numpy(lane.call(seen_by_any, *arrays, dtype="float64", **options)))
+    expected = sight.table(10, 13, (3,), np.full(3, 3)).any(-2, keepdims=True)
+    np.testing.assert_array_equal(np.broadcast_to(got, expected.shape), expected)
+
+
+@pytest.mark.parametrize("score", ["mean", "bound", "best"])
+@pytest.mark.parametrize("select", ["keys", "blocks"])
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+def test_a_block_of_nothing_finite_is_chosen_by_the_rule(
+    lane: Lane, score: str, select: str
+) -> None:
+    q, k, v = np.random.default_rng(3).normal(size=(3, 2, 24, 4))
+    k[0, 8:12], k[1, 15] = np.nan, np.inf
+    options = {"block_size": 4, "top_k": 2, "route": 2, "score": score, "select": select}
+    options |= {"per": "query", "return_selection": True, "return_lse": True}
+    with np.errstate(invalid="ignore"):
+        *_, expected = reference.sparse_attention(q, k, v, **options)
+    for attend in (in_rows(5), sparse_attention):
+        *_, got = lane.call(attend, q, k, v, dtype="float64", **options)
+        assert np.array_equal(lane.to_numpy(got), expected)
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+@pytest.mark.parametrize(("nq", "nk"), [(13, 8), (8, 13)])
+def test_documents_of_more_queries_than_keys(lane: Lane, nq: int, nk: int) -> None:
+    rng = np.random.default_rng(4)
+    q, (k, v) = rng.normal(size=(2, nq, 3)), rng.normal(size=(2, 2, nk, 3))
+    ids = (np.arange(nq) * 3 // nq, np.arange(nk) * 3 // nk)
+    options = {"segment_ids": ids, "block_size": 3, "top_k": 2, "route": 2, "per": "query"}
+    for attend in (in_rows(5), sparse_attention):
+        agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "dask", "jax")
+def test_equal_numbers_are_sorted_as_they_stand(lane: Lane) -> None:
+    x = np.random.default_rng(5).integers(0, 3, (2, 5, 40))
+    got = lane.call(lambda x: loops.stable_argsort(x, xp=array_namespace(x)), x, dtype="float64")
+    np.testing.assert_array_equal(lane.to_numpy(got), np.argsort(x, axis=-1, kind="stable"))
+
+
+@pytest.mark.lanes("numpy", "strict", "torch", "dask")
+@pytest.mark.parametrize("per", ["query", "block"])
+def test_a_selection_without_heads_has_none(lane: Lane, per: str) -> None:
+    q, k, v = np.random.default_rng(6).normal(size=(3, 1, 14, 4))
+    options = {"per": per, "block_size": 4, "top_k": 2, "return_selection": True}
+
+    def attend(*arrays: Any) -> Any:
+        return sparse_attention(*arrays, **options)[1]
+
+    one = lane.call(attend, q, k, v, dtype="float64")
+    alone = lane.call(attend, q[0], k[0], v[0], dtype="float64")
+    assert tuple(alone.shape) == tuple(one.shape[1:])
+    np.testing.assert_array_equal(lane.to_numpy(alone), lane.to_numpy(one)[0])
 
 
 # -- Limits -----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Room:
         self.ones.fill(1.0)
         np.matmul(self.rows, self.sums, out=self.logs)
         np.exp(self.logs, out=self.logs)
-        np.copyto(self.k, k.swapaxes(-1, -2))
+        np.copyto(self.k, k.mT)
         np.matmul(self.q, self.k[:, None], out=self.pairs)
         self.pairs *= self.within[:, None]
         if x.beta is None:
@@ -110,7 +110,7 @@ class Room:
         for first, below, second, space in self.blocks:
             np.matmul(below, first, out=space)
             np.matmul(second, space, out=below)
-        solved *= beta.swapaxes(-1, -2)
+        solved *= beta.mT
         np.matmul(solved, v, out=self.target)
         solved *= self.since_start[..., None, :]
         np.matmul(solved, k, out=self.told)

@@ -99,7 +99,7 @@ def _boxes(batch: tuple[int, ...], heads: int, lanes: int) -> Iterator[tuple[Any
     step = lanes // max(heads, 1)
     for b in np.ndindex(*batch[:-1]):
         for i in range(0, batch[-1], step):
-            yield (*b, slice(i, i + step), slice(0, heads))
+            yield (*b, slice(i, i + step), slice(heads))
 
 
 def _cut(x: Array, at: tuple[Any, ...], trailing: int) -> Array:
@@ -131,16 +131,16 @@ def gather(q: Array, k: Array, v: Array, scale: float) -> State:
     """
     lead = np.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
     r, m = q.shape[-2], k.shape[-2]
-    q = q * np.asarray(scale * LOG2E, q.dtype)
+    q = q * (scale * LOG2E)
     s = loops.work_space("scores", (*lead, r, m), q.dtype)
     for rows, keys in _chunks(s, k, 1 << max(SCORES // r, 1).bit_length() - 1):
-        np.matmul(q[..., None, :, :], keys.swapaxes(-1, -2), out=rows)
+        np.matmul(q[..., None, :, :], keys.mT, out=rows)
     top = s.max(axis=-1, keepdims=True, initial=-math.inf)
     np.subtract(s, np.where(top == -math.inf, 0, top), out=s)
     np.exp2(np.maximum(s, LOW, out=s), out=s)
     total = np.matmul(s, loops.ones_column(m, s.dtype))
     o = sum(np.matmul(rows, values).sum(axis=-3) for rows, values in _chunks(s, v, SUMMED))
-    return State(top * np.asarray(1 / LOG2E, s.dtype), total, o)
+    return State(top * (1 / LOG2E), total, o)
 
 
 def _chunks(s: Array, x: Array, n: int) -> Iterator[tuple[Array, Array]]:

@@ -224,7 +224,7 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
         recurrence.read_all(how, x._replace(q=x.q[..., : nq - both, :]), memory, out)
     if both == 0:
         return memory
-    rest = x.keys(nk - both, nk)._replace(q=x.q[..., nq - both :, :])
+    rest = x.keys(nk - both)._replace(q=x.q[..., nq - both :, :])
     return _fold(how, rest, memory, _all_tokens(how, rest, queries=True), out)
 
 

@@ -150,7 +150,7 @@ class Rows:
             if k.strides[-1] == k.itemsize:
                 beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
             else:
-                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).swapaxes(-1, -2)
+                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).mT
             beside[:, :d], beside[:, d] = k, 1
             k = beside
         n = rows[1] - rows[0]
@@ -233,14 +233,14 @@ class Rows:
         np.divide(self.o, self.l, out=out)
         np.log(self.l, out=lse)
         if self.m is not None:
-            lse += np.where(none, 0, self.m) * np.asarray(1 / LOG2E, lse.dtype)
+            lse += np.where(none, 0, self.m) * (1 / LOG2E)
         if some:
             lse[none] = -math.inf
 
     def state(self) -> State:
         """The same as the state of the online softmax, for it to go on from."""
         self._begin()
-        m = 0.0 if self.m is None else self.m * np.asarray(1 / LOG2E, self.l.dtype)
+        m = 0.0 if self.m is None else self.m * (1 / LOG2E)
         m = np.where(self.l == 0, np.asarray(-math.inf, self.l.dtype), m)
         return State(*(x[:, None].copy() for x in (m, self.l, self.o)))
 

@@ -718,13 +718,14 @@ def _shared_keys(x: LinearInputs) -> LinearInputs:
         return x.xp.reshape(a, (*a.shape[:cut], 1, 1, *a.shape[cut:]))
 
     q = x.xp.reshape(x.q, (*x.q.shape[:-3], hk, r, 1, hq // (hk * r), *x.q.shape[-2:]))
+    q_ids = beside(x.q_ids, 1)
     x = x._replace(
         q=x.xp.moveaxis(q, -6, -4),
         k=beside(x.k, 3),
         key_mask=beside(x.key_mask, 2),
         kv_lengths=beside(x.kv_lengths, 0),
-        q_ids=beside(x.q_ids, 1),
-        k_ids=x.k_ids if x.k_ids is x.q_ids else beside(x.k_ids, 1),
+        q_ids=q_ids,
+        k_ids=q_ids if x.k_ids is x.q_ids else beside(x.k_ids, 1),
         batch=(*x.batch, *split),
         split=split,
     )

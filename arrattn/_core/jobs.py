@@ -81,7 +81,7 @@ class Run(NamedTuple):
 
     j0: int
     j1: int
-    hide: bool
+    hide: bool = False
     moves: bool = False
     sees: Pattern | None = None
     parts: tuple[tuple[int, int], ...] = ()
@@ -296,7 +296,7 @@ def at_once(q: Array, k: Array, v: Array) -> Array | None:
     if nq * nk > SMALL or nk > SMALL_KEYS or products > loops.SMALL or q.size * nk > 4 * BUDGET:
         return None
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        s = loops.product(q * d**-0.5, k.swapaxes(-1, -2), "scores", xp=np)
+        s = loops.product(q * d**-0.5, k.mT, "scores", xp=np)
         top = s.max(axis=-1, keepdims=True)
         if not np.isfinite(top).all():
             return None
@@ -475,7 +475,7 @@ def _gathered(strip: Strip, g: int) -> Strip:
     runs = [run for run in strip.runs if run not in short]
     for group in groups:
         parts = tuple((run.j0, run.j1) for run in group)
-        runs.append(Run(0, sum(j1 - j0 for j0, j1 in parts), hide=False, parts=parts))
+        runs.append(Run(0, sum(j1 - j0 for j0, j1 in parts), parts=parts))
     return strip._replace(runs=tuple(runs))
 
 

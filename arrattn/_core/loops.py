@@ -175,10 +175,10 @@ def stable_argsort(x: Array, *, xp: Namespace) -> Array:
     if compat.is_dask_namespace(xp):
 
         def sort_chunk(chunk: Array) -> Array:
-            return compat.array_namespace(chunk).argsort(chunk, axis=-1, stable=True)
+            return compat.array_namespace(chunk).argsort(chunk, stable=True)
 
         return x.rechunk({x.ndim - 1: -1}).map_blocks(sort_chunk, dtype=np.int64)
-    return xp.argsort(x, axis=-1, stable=True)
+    return xp.argsort(x, stable=True)
 
 
 def order_by(ids: Array, below: int, *, xp: Namespace) -> tuple[Array, Array]:
@@ -409,7 +409,7 @@ def product(a: Array, b: Array, slot: str, *, xp: Namespace) -> Array:
     n, m = a.shape[-2], b.shape[-1]
     if n <= _FEW_ROWS < m and b.strides[-1] > b.strides[-2]:
         turned = work_space(slot, (*lead, m, n), a.dtype)
-        return np.matmul(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out=turned).swapaxes(-1, -2)
+        return np.matmul(b.mT, a.mT, out=turned).mT
     return np.matmul(a, b, out=work_space(slot, (*lead, n, m), a.dtype))
 
 

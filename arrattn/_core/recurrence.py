@@ -61,8 +61,8 @@ class Operands(NamedTuple):
     log_decay: Array | None = None  # (..., Hkv | 1, Nk, Dphi | 1)
     beta: Array | None = None  # (..., Hkv | 1, Nk)
 
-    def keys(self, start: int, stop: int) -> Operands:
-        """Only these keys."""
+    def keys(self, start: int, stop: int | None = None) -> Operands:
+        """Only these keys; without `stop`, to the last."""
         k, v = self.k[..., start:stop, :], self.v[..., start:stop, :]
         mask = None if self.key_mask is None else self.key_mask[..., start:stop]
         ids = None if self.k_ids is None else self.k_ids[..., start:stop]
@@ -210,7 +210,7 @@ def _stream(how: How, x: Operands, f: Features, out: Array) -> tuple[Operands, A
         chunk=max(1, how.chunk // 2),
     )
     i, j, state = streams.run(job, state, out[0])
-    x = x.keys(j, x.k.shape[-2])._replace(q=x.q[..., i:, :])
+    x = x.keys(j)._replace(q=x.q[..., i:, :])
     return x._replace(state=LinearState(state.S[None], state.z[None])), out[..., i:, :]
 
 
@@ -322,8 +322,6 @@ def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
     def step(memory: Memory, part: Any) -> tuple[Memory, None]:
         return _absorb(memory, read_keys(how, x, *part), how.xp), None
 
-    if x.k.shape[-2] == 0:
-        return memory
     parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
     after: Memory = over_chunks(step, memory, parts, x.k.shape[-2], how, loops.Pieces())
     return after
@@ -354,7 +352,7 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
     ahead = x.k.shape[-2] - x.q.shape[-2]
     if ahead > 0:
         memory = _absorb_all(how, x.keys(0, ahead), memory)
-        x = x.keys(ahead, x.k.shape[-2])
+        x = x.keys(ahead)
     elif ahead < 0:
         read_all(how, x._replace(q=x.q[..., :-ahead, :]), memory, out)
         x = x._replace(q=x.q[..., -ahead:, :])
@@ -552,13 +550,13 @@ def _last_segment(memory: Memory, keys: Keys, ids: Array, xp: Namespace) -> tupl
     last = ids[..., -1:]
     same, on = memory.ids[..., None] == last, (ids == last)[..., None, :]  # (..., 1, c)
     S = xp.where(same[..., None, None], memory.S, 0.0)
-    phi, v = xp.where(on[..., None], keys.phi, 0.0), xp.where(on[..., None], keys.v, 0.0)
+    phi = xp.where(on[..., None], keys.phi, 0.0)
     log = key_log = before = bad = None
     if memory.log is not None:
         log, key_log = xp.where(same, memory.log, -math.inf), xp.where(on, keys.log, -math.inf)
     if memory.bad is not None:
         before, bad = memory.bad & same[..., None, None], keys.bad & on[..., None]
-    return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, v, bad)
+    return Memory(S, log, before, last[..., 0]), Keys(phi, key_log, keys.v, bad)
 
 
 def finish(

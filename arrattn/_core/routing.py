@@ -293,7 +293,7 @@ def holds(call: SoftmaxInputs, choice: Choice, rows: Rows) -> Array:
     if call.always is not None:
         a, b = _within((lo, hi), taken, xp)
         left = left - xp.maximum(b - a, xp.zeros_like(b - a))
-    free = (hi > lo) & (left > 0) & (block != own_block(first.p, choice, nk, xp=xp))
+    free = (left > 0) & (block != own_block(first.p, choice, nk, xp=xp))
     return free if rows.real is None else free & rows.real
 
 

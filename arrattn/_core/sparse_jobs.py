@@ -185,7 +185,7 @@ class Head:
         self.n_blocks = -(-self.nk // self.size)
         self.query_blocks = -(-(self.lead + choice.queries) // self.size)
         self.k, self.v = k, v
-        self.kt = _blocks(k, self.size).swapaxes(-1, -2)
+        self.kt = _blocks(k, self.size).mT
         if loops.unpacked():
             self.kt = np.ascontiguousarray(self.kt)
         self.values = _blocks(v, self.size)
@@ -246,7 +246,7 @@ class Head:
         weight = np.ones((self.nk, 1), self.k.dtype)
         if seen is not None:
             weight[:, 0] = seen.reshape(-1)
-        weight = _blocks(weight, self.size).swapaxes(-1, -2)  # (blocks, 1, size)
+        weight = _blocks(weight, self.size).mT  # (blocks, 1, size)
         counts = np.maximum(np.sum(weight, axis=-1), 1)
         sums = np.matmul(weight, _blocks(self.k, self.size))[:, 0]
         return np.concatenate([sums, counts], axis=-1)[None, None]
@@ -299,7 +299,7 @@ class Head:
         q = loops.work_space("queries", (self.g, n, call.q.shape[-1]), acc)
         q[:, : real.start], q[:, real.stop :] = 0, 0
         here = call.q[0, :, i0 + real.start : i0 + real.stop]
-        np.multiply(here, np.asarray(self.before, acc), out=q[:, real], dtype=acc)
+        np.multiply(here, self.before, out=q[:, real], dtype=acc)
         rows = self.g * n
         m = None if self.calm else loops.work_space("shifts", (rows, 1), acc)
         total = loops.work_space("totals", (rows, 1), acc)
@@ -320,7 +320,8 @@ class Head:
     def _finish(self, span: Span) -> None:
         """Write output and log-sum-exp."""
         call, (_, _, _, _, real, m, total, sums) = self.call, span
-        none, empty = total == 0, np.asarray(-math.inf, total.dtype)
+        none = total == 0
+        empty: Any = -math.inf
         if call.sinks is not None:
             empty = np.repeat(call.sinks.reshape(-1, 1), len(span.i), axis=0)
             sinks = empty * LOG2E
@@ -332,7 +333,7 @@ class Head:
         np.divide(sums, total, out=sums)
         found = np.log(total, out=total)
         if m is not None:
-            found += m * np.asarray(self.unit / LOG2E, found.dtype)
+            found += m * (self.unit / LOG2E)
         np.copyto(found, empty, where=none, casting="same_kind")
         at = slice(int(span.i[real.start]), int(span.i[real.start]) + real.stop - real.start)
         self.out[:, at] = sums.reshape(self.g, -1, sums.shape[1])[:, real]
@@ -357,7 +358,7 @@ class Head:
         if m is not None:
             s -= m
         if self.unit != 1.0:
-            s *= np.asarray(self.unit, s.dtype)
+            s *= self.unit
         least = np.finfo(s.dtype)
         if m is None and not hidden:
             return np.exp2(s, out=s)
@@ -388,7 +389,7 @@ class Head:
         s = loops.work_space("scores", (self.g, stop - t, r1 - r0, j1 - j0), self.k.dtype)
         loops.small_products(q, self.kt[keys, :, j0:j1], out=s)
         if self.after != 1.0:
-            s *= np.asarray(self.after, s.dtype)
+            s *= self.after
         hidden = self._hide_own(s, span, t, part)
         if m is not None:
             np.max(s, axis=-1, keepdims=True, initial=-math.inf, out=m)
@@ -492,7 +493,7 @@ class Head:
         """Scores ``out (r, size)`` of rows with the keys of a block; whether any are hidden."""
         np.matmul(q, self.kt[block], out=out)
         if self.after != 1.0:
-            out *= np.asarray(self.after, out.dtype)
+            out *= self.after
         if self.ragged[block]:
             pattern: Any = self.free
             self._hide(out, pattern, span, rows, block)
@@ -543,7 +544,7 @@ class Head:
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
         few = loops.unpacked()
-        keys = self.kt if few else self.kt.swapaxes(-1, -2)
+        keys = self.kt if few else self.kt.mT
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
             here, part = slice(a, a + at_once), ids[a : a + at_once]
@@ -562,7 +563,7 @@ class Head:
             if few:
                 loops.small_products(q[here, None], k, out=by_block)
             else:
-                np.matmul(q[here], k.reshape(n, wide, -1).swapaxes(-1, -2), out=s)
+                np.matmul(q[here], k.reshape(n, wide, -1).mT, out=s)
             by_block[none] = -math.inf
             if self.nk % self.size:
                 for unit, which in np.argwhere(part == self.n_blocks - 1).tolist():
@@ -630,7 +631,7 @@ class Head:
             q = np.concatenate([np.maximum(q, 0), np.minimum(q, 0)], axis=-1)
         starts = np.maximum(np.arange(span.t0, span.t1) * size - self.lead - i0, 0)
         q = np.add.reduceat(q, starts, axis=1)
-        s = np.matmul(q, guide[0, ..., : q.shape[-1]].swapaxes(-1, -2))
+        s = np.matmul(q, guide[0, ..., : q.shape[-1]].mT)
         s = routing.scaled(s[None], self.call, choice, guide)[0]
         may = np.broadcast_to(kinds[span.t0 : span.t1] == 2, s.shape)
         return routing.best_indices(s, may, choice.route, self.n_blocks, xp=np)
@@ -705,7 +706,7 @@ class Head:
             q = np.ascontiguousarray(q)
         loops.small_products(k, q, out=s)
         if self.after != 1.0:
-            s *= np.asarray(self.after, s.dtype)
+            s *= self.after
         kinds: Any = self.kinds
         odd = (kinds[span.t0 : span.t1, blocks] != 2).any(axis=0)
         for n, block in zip(np.flatnonzero(odd).tolist(), blocks[odd].tolist(), strict=True):
@@ -730,10 +731,10 @@ class Head:
         """
         guide: Any = self.guide
         k, d = self.choice.top_k, span.q.shape[1]
-        x = (span.q * np.asarray(self.after, span.q.dtype)).reshape(self.g, -1, d)
+        x = (span.q * self.after).reshape(self.g, -1, d)
         both = np.concatenate([np.maximum(x, 0), np.minimum(x, 0)], axis=-1)
         guides = np.broadcast_to(guide[0], (self.g, *guide.shape[-2:]))
-        bound = np.matmul(both, guides.swapaxes(-1, -2))
+        bound = np.matmul(both, guides.mT)
         far = np.maximum(np.abs(guides[..., :d]), np.abs(guides[..., d:]))
         length = np.sqrt(np.vecdot(x, x))[..., None] * np.sqrt(np.vecdot(far, far))[:, None, :]
         # What rounding may add to a score or take off its bound.

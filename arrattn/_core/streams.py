@@ -146,7 +146,7 @@ class _Head:
         products = self._space("products", before.shape)
         totals = self._space("totals", (count + 1, len(self.z), 1))
         kt = self._space("turned", (count, len(self.z), c))
-        kt[...] = k.swapaxes(-1, -2)  # small products are faster from keys that lie transposed
+        kt[...] = k.mT  # small products are faster from keys that lie transposed
         one = loops.ones_column(c, kt.dtype)
         np.matmul(kt, v, out=products)
         np.matmul(kt, one, out=totals[1:])
@@ -216,7 +216,7 @@ class _Head:
         k, values = (x[:even].reshape(even // run, run, x.shape[1]) for x in (phi, v))
         S = self.S + np.matmul(phi[even:].T, v[even:])
         products = self._space("products", (len(k), *S.shape))
-        for product in np.matmul(k.swapaxes(-1, -2), values, out=products):
+        for product in np.matmul(k.mT, values, out=products):
             np.add(S, product, out=S)
         return S, self.z + np.matmul(loops.ones_column(len(phi), phi.dtype).T, phi)[0]
 
@@ -241,7 +241,7 @@ class _Head:
         elif not (np.isfinite(least) and np.isfinite(most)):
             return False
         if not self.job.normalize:
-            np.multiply(top, np.asarray(self.job.scale, top.dtype), out=top)
+            np.multiply(top, self.job.scale, out=top)
         else:
             if least <= 0:
                 empty = total == 0

@@ -57,7 +57,7 @@ def gather_last(x: Array, index: Array, *, xp: Namespace) -> Array:
     lead = x.shape[:-1]
     rows = xp.arange(math.prod(lead), dtype=index.dtype, device=loops.device_of(x))
     flat = xp.reshape(rows, (*lead, 1)) * x.shape[-1] + index
-    taken = xp.take(xp.reshape(x, (-1,)), xp.reshape(flat, (-1,)), axis=0)
+    taken = xp.take(xp.reshape(x, (-1,)), xp.reshape(flat, (-1,)))
     return xp.reshape(taken, flat.shape)
 
 

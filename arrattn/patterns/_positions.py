@@ -141,8 +141,7 @@ class Prefix(Pattern):
 
     def edges(self, nk: int, at: int) -> Edges:
         del nk, at
-        n = loops.host_values(self.n) if is_array(self.n) else self.n
-        return NO_EDGES if n is None or np.ndim(n) else Edges(keys=(int(n),))
+        return NO_EDGES if np.ndim(self.n) else Edges(keys=(int(self.n),))
 
     def visible(self, pairs: Pairs) -> Array:
         return pairs.j < self._lifted(pairs)

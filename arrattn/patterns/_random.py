@@ -134,8 +134,8 @@ class Random(Pattern):
             counts.append((drawn.searchsorted(c1) - drawn.searchsorted(c0)).ravel())
             sizes.append(stop - first)
         shape = (*np.shape(at.p0)[:-1], np.shape(at.j0)[-1])
-        count = np.reshape(np.asarray(counts, np.int64), shape)
-        blocks = np.reshape(np.asarray(sizes, np.int64), np.shape(at.p0))
+        count = np.reshape(counts, shape)
+        blocks = np.reshape(sizes, np.shape(at.p0))
         return before & (count > 0), inside & (count == blocks * (c1 - c0))
 
     def _sure(self, queries: Any, keys: Any) -> bool:
