@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from arrattn.cli import main
 from arrattn.testing import CHOICES, LAWS, check, pytest_laws
 from arrattn.testing.adapters import ADAPTERS, adapter_of
 from arrattn.testing.check import check_subject, read_laws
+from arrattn.testing.memory import peaks
 from arrattn.testing.strategies import cases
 from arrattn.testing.subject import FAMILIES, family_of
 
@@ -44,7 +47,7 @@ def test_our_functions_keep_every_law(library: str, family: str) -> None:
     examples = 6 if library == "numpy" else 2
     report = check(FUNCTIONS[family], xp=library, laws=family, examples=examples)
     assert report.ok, "\n".join(map(str, report.failed.values()))
-    lacking = {"gradients", "16 bits"} if library != "torch" else set()
+    lacking = {"gradients", "16 bits"} if library != "torch" else {"not traced"}
     for result in report.skipped.values():
         assert any(word in result.reason for word in lacking), result
 
@@ -222,6 +225,70 @@ def test_results_that_come_and_go_are_a_failure() -> None:
 
     report = check(noisy, laws=["same-input-same-bits"], examples=20, lacks=LACKS)
     assert "same-input-same-bits" in report.failed
+
+
+# -- Memory -----------------------------------------------------------------------------------
+
+MEMORY = "memory-grows-with-tokens"
+
+
+def all_pairs(q: Any, k: Any, v: Any, /) -> Any:
+    w = q @ np.swapaxes(k, -1, -2)
+    return w @ v / w.sum(-1, keepdims=True)
+
+
+def sums_first(q: Any, k: Any, v: Any, /) -> Any:
+    total = q @ k.sum(-2)[..., None]
+    return q @ (np.swapaxes(k, -1, -2) @ v) / total
+
+
+@pytest.mark.parametrize("family", ["linear", "delta"])
+@pytest.mark.parametrize("library", ["numpy", "array-api-strict"])
+def test_our_memory_grows_with_tokens(library: str, family: str) -> None:
+    report = check(FUNCTIONS[family], xp=library, laws=[MEMORY])
+    assert report.passed, list(report.failed.values())
+
+
+@pytest.mark.parametrize("library", ["torch", "jax", "dask"])
+def test_memory_that_is_not_traced_is_not_judged(library: str) -> None:
+    report = check(arrattn.linear_attention, xp=library, laws=[MEMORY])
+    assert "is not traced" in report.skipped[MEMORY].reason
+
+
+def test_a_table_of_pairs_is_found_and_its_program_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert check(sums_first, laws=[MEMORY], family="linear").passed
+    found = check(all_pairs, laws=[MEMORY], family="linear").failed[MEMORY].counterexample
+    assert found is not None
+    twice, once = (int(x) for x in re.findall(r"take (\d+)", found.text))
+    assert 1024**2 <= once < twice / 3
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[all_pairs.__module__])
+    with pytest.raises(AssertionError):
+        run_script(found.script)
+    assert capsys.readouterr().out.count(",") == 4  # three of each
+    run_script(found.script.replace("import all_pairs as", "import sums_first as"))
+    assert len(found.script) < 1200, "not the smallest call"
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_memory_is_measured_and_tracing_left_as_it_was(already: bool) -> None:
+    tracing = tracemalloc.is_tracing()
+    try:
+        (tracemalloc.start if already else tracemalloc.stop)()
+        for size in peaks(lambda: np.ones(2**20, np.uint8)):
+            assert 2**20 <= size < 2**20 + 2**14
+        assert tracemalloc.is_tracing() == already
+        with pytest.raises(ZeroDivisionError):
+            peaks(lambda: 1 // 0)
+        assert tracemalloc.is_tracing() == already
+    finally:
+        (tracemalloc.start if tracing else tracemalloc.stop)()
+
+
+def test_what_is_kept_from_the_first_call_is_not_counted() -> None:
+    kept: list[Any] = []
+    assert max(peaks(lambda: kept or kept.append(np.ones(2**20)))) < 2**14
 
 
 @pytest.mark.parametrize(

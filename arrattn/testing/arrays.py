@@ -64,6 +64,11 @@ class ArrayLibrary:
         return self.name in {"torch", "jax.numpy"}
 
     @property
+    def traced(self) -> bool:
+        """Whether its arrays are NumPy's memory, which `tracemalloc` sees."""
+        return self.name in {"numpy", "array_api_strict"}
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         """The floating dtypes that its arrays can have here."""
         return tuple(name for name in DTYPES if self._has(name))

@@ -56,6 +56,8 @@ class Call:
         The width of queries and keys.
     weights : array, optional
         Where gradients are taken: the weights of the output in the sum.
+    measured : bool
+        Whether its memory is measured in place of its result.
     sent : list, optional
         The arrays that were handed over.
     """
@@ -69,6 +71,7 @@ class Call:
     selection: bool
     dim: int
     weights: Host | None = None
+    measured: bool = False
     sent: list[Any] = field(default_factory=list)
 
     @property
@@ -145,6 +148,9 @@ class _Writer:
             return
         text = f"{self.subject.name}({', '.join([*arrays, *options])})"
         name = call.name
+        if call.measured:
+            self.lines.append(f"{name} = peaks(lambda: {text})")
+            return
         if call.lse or call.selection:
             beside = [f"{name}_lse"] * call.lse + [f"{name}_selection"] * call.selection
             self.lines.append(f"{', '.join([name, *beside])} = map(host, {text})")
@@ -235,6 +241,8 @@ def _imports(subject: Subject, body: str) -> list[str]:
         lines.append("import arrattn")
     if "squares" in body:
         lines.append("from arrattn.testing.case import squares")
+    if "peaks(" in body:
+        lines.append("from arrattn.testing.memory import peaks")
     patterns = [name for name in PATTERNS if re.search(rf"\b{name}\(", body)]
     if patterns:
         lines.append(f"from arrattn.patterns import {', '.join(patterns)}")

@@ -12,6 +12,7 @@ from arrattn._state import DeltaState, LinearState
 from arrattn.testing import paste
 from arrattn.testing.bounds import case_errors, delta_errors
 from arrattn.testing.case import Case, NamedMap
+from arrattn.testing.memory import peaks
 from arrattn.testing.sights import Sight
 from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import accumulation, output_error, score_error
@@ -136,6 +137,30 @@ class Run:
         arrays = (self._laid_out(self.subject.library.to_numpy(x)) for x in found)
         q, k, v = (Value(n, x) for n, x in zip(names, arrays, strict=True))
         return q, k, v
+
+    def peaks(self, name: str, case: Case) -> list[int]:
+        """
+        Measure the memory that the function takes.
+
+        Parameters
+        ----------
+        name : str
+            What a counterexample calls the result.
+        case : Case
+            The call.
+
+        Returns
+        -------
+        list of int
+            Bytes beyond the arguments, of several tries.
+        """
+        call = self._record(name, case)
+        call.measured = True
+        arrays, keywords = self._moved(call)
+        found: list[int] = self._guarded(
+            lambda: peaks(lambda: self.subject.attend(*arrays, **keywords))
+        )
+        return found
 
     def _record(self, name: str, case: Case) -> paste.Call:
         arrays = [self._laid_out(x) for x in case.arrays]

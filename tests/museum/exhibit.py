@@ -28,6 +28,8 @@ class Exhibit:
         The wrong function, with our own signature.
     library : str
         Whose arrays it takes: "numpy", but where gradients are wrong "torch".
+    cost : bool
+        Whether its numbers are right, and what it takes to compute them is wrong.
     """
 
     name: str
@@ -36,17 +38,20 @@ class Exhibit:
     seen: str
     attend: Callable[..., Any]
     library: str = "numpy"
+    cost: bool = False
 
     def __repr__(self) -> str:
         return f"{self.family}: {self.name}"
 
 
-def wrong(family: str, *, seen: str, library: str = "numpy") -> Callable[[type], type]:
+def wrong(
+    family: str, *, seen: str, library: str = "numpy", cost: bool = False
+) -> Callable[[type], type]:
     """Hang up a class; its docstring is the note."""
 
     def hang(cls: type) -> type:
         note = " ".join((cls.__doc__ or "").split())
-        EXHIBITS.append(Exhibit(cls.__name__, family, note, seen, cls(), library))
+        EXHIBITS.append(Exhibit(cls.__name__, family, note, seen, cls(), library, cost))
         return cls
 
     return hang

@@ -89,7 +89,8 @@ class NormaliserOfAllKeys(Linear):
 
     def sums(self, phi_q: Array, phi_k: Array, log_k: Array, v: Array, seen: Any, m: Any) -> Any:
         top, _ = super().sums(phi_q, phi_k, log_k, v, seen, m)
-        return top, super().sums(phi_q, phi_k, log_k, v, self.everything, m)[1]
+        everything = np.broadcast_to(self.everything, seen.shape)
+        return top, super().sums(phi_q, phi_k, log_k, v, everything, m)[1]
 
 
 @wrong("linear", seen="epsilons against a division by zero")
@@ -340,3 +341,12 @@ class DecayThroughASigmoid(Linear):
     def decay(self, k: Array, o: SimpleNamespace) -> Array:
         g = super().decay(k, o)
         return g if o.log_decay is None else -np.log1p(np.exp(-g))
+
+
+@wrong("linear", seen="``einsum('nd,md->nm')`` of the features before the values", cost=True)
+class KernelOfAllPairs(Linear):
+    """Right numbers from a table of all pairs: the memory is that of softmax attention."""
+
+    def sums(self, phi_q: Array, phi_k: Array, log_k: Array, v: Array, seen: Any, m: Any) -> Any:
+        seen = np.broadcast_to(seen, (*phi_q.shape[:-1], seen.shape[-1]))
+        return super().sums(phi_q, phi_k, log_k, v, seen, m)

@@ -24,7 +24,7 @@ LINEAR_OPTIONS: dict[str, Any] = {
 
 
 class Linear(Attention):
-    """A kernel of features in place of the exponential; all pairs at once."""
+    """A kernel of features in place of the exponential; all pairs at once where they differ."""
 
     __signature__ = taking(LINEAR_OPTIONS)
 
@@ -87,7 +87,10 @@ class Linear(Attention):
         return state.S, state.z[..., None]
 
     def visible(self, shape: tuple[int, ...], o: SimpleNamespace) -> Array:
+        """Who sees whom; in one row where all queries see the same."""
         nq, nk = shape[-2:]
+        if not o.is_causal and o.segment_ids is None:
+            return np.broadcast_to(self.present(nk, o), (*shape[:-2], 1, nk))
         p, j = np.arange(nq)[:, None] + over_batch(self.offset(nq, nk, o)), np.arange(nk)
         seen = np.broadcast_to(self.present(nk, o), shape)
         if o.is_causal:
@@ -114,6 +117,10 @@ class Linear(Attention):
         self, phi_q: Array, phi_k: Array, log_k: Array, v: Array, seen: Array, m: Array
     ) -> tuple[Array, Array]:
         """Weighted values and weights, both without the factor exp(m) of their row."""
+        if seen.shape[-2] == 1 and not self.decayed.any():  # keys with values first
+            f = np.where(seen.swapaxes(-1, -2), phi_k * np.exp(log_k - m), 0)
+            S = self.mix(f.swapaxes(-1, -2), v, seen)
+            return phi_q @ S, phi_q @ f.sum(-2)[..., None]
         w = phi_q @ phi_k.swapaxes(-1, -2) * np.exp(log_k.swapaxes(-1, -2) - m)
         w = np.where(seen, w, 0)
         if self.decayed.any():

@@ -84,6 +84,8 @@ class Law:
                 return "float64 is not checked"
             if name == "gradients" and not subject.library.differentiates:
                 return f"{subject.library.name} takes no gradients"
+            if name == "memory" and not subject.library.traced:
+                return f"memory of {subject.library.name} arrays is not traced"
             if name == "visibility" and not sights(subject):
                 return "it has no argument about visibility"
             if not subject.can(name):
