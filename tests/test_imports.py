@@ -16,7 +16,7 @@ LIBRARIES = {"torch", "jax", "cupy", "dask", "array_api_strict", "tensorflow", "
 FAMILIES = [
     ROOT / f"{name}.py" for name in ("dense", "local", "sparse", "linear", "delta", "adapters")
 ]
-CORE = sorted((ROOT / "_core").glob("*.py"))
+CORE = sorted((ROOT / "_core").rglob("*.py"))
 PATTERNS = sorted((ROOT / "patterns").glob("*.py"))
 
 #: Files whose purpose is to hold what differs between libraries.
@@ -32,6 +32,10 @@ LEVELS = [
     {"patterns._positions", "patterns._regular", "patterns._random"},
     {"patterns._tree"},
     {"patterns", "feature_maps", "_core.online_softmax"},
+    {"_core.inputs.arguments"},
+    {"_core.inputs.calls"},
+    {"_core.inputs.softmax", "_core.inputs.linear", "_core.inputs.parts"},
+    {"_core.inputs.sparse"},
     {"_core.inputs", "_core.plan", "_core.staging"},
     {"_core.sight", "_core.packed"},
     {"_core.native"},

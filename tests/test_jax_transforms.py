@@ -215,3 +215,14 @@ def test_values_whose_sum_overflows_are_summed_all_the_same() -> None:
     v = np.full_like(v, 1e306)  # 312 of them
     got = in_tiles((4, 3))(*map(jnp.asarray, (q, k, v)), is_causal=True)
     close(np.asarray(got), v, within=2 * output_error(q, k, v, dtype="float64"))
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -(2**31) + 5, 2**33])
+def test_positions_that_would_wrap_around_are_refused(offset: int) -> None:
+    with jax.enable_x64(False):
+        x = jnp.ones((1, 40, 3))
+        with pytest.raises(ValueError, match="q_offset: expected less than"):
+            attention(x, x, x, is_causal=True, q_offset=offset)
+        near = attention(x, x, x, is_causal=True, q_offset=2**31 - 200)
+    ones = np.ones(x.shape, np.float32)
+    close(np.asarray(near), ones, within=output_error(ones, ones, ones, dtype="float32"))
