@@ -43,9 +43,9 @@ def visible_scores(
 
     Queries are scaled already, unless a `scale` for their products is given.
 
-    Unless the keys are known to be `finite`, keys that are not are taken out of the product
-    and their scores set to NaN: a NaN in a hidden key would otherwise reach the gradients of
-    every query of the tile through ``0 * NaN``.
+    Unless the keys are known to be `finite`, numbers that are not are left out of the product
+    and the scores of their keys set to NaN: a NaN in a hidden key would otherwise reach the
+    gradients of every query of the tile through ``0 * NaN``.
     """
     xp = call.xp
     if finite:

@@ -441,14 +441,15 @@ _ROWS = (128, 64, 32, 16)
 
 #: The processors, as OpenBLAS names them, for which it has kernels for small products, and how many
 #: multiplications those have at most.
-_SMALL_KERNELS = dict.fromkeys(("SkylakeX", "Cooperlake", "SapphireRapids"), 10**6)
+_SMALL_KERNELS = {"SkylakeX", "Cooperlake", "SapphireRapids"}
+_SMALL_PRODUCT = 10**6
 
 
 @lru_cache(maxsize=1)
 def unpacked() -> int:
     """Multiplications of a product up to which BLAS copies no operand; 0 where it always does."""
     found = ThreadpoolController().select(internal_api="openblas").lib_controllers
-    return max((_SMALL_KERNELS.get(x.architecture, 0) for x in found), default=0)
+    return _SMALL_PRODUCT if any(x.architecture in _SMALL_KERNELS for x in found) else 0
 
 
 def hide(s: Array, visible: Array, *, xp: Namespace) -> Array:

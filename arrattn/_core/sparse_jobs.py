@@ -543,8 +543,8 @@ class Head:
         wide = route * size
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
-        few = loops.unpacked()
-        keys = self.kt if few else self.kt.mT
+        small = loops.unpacked() > 0
+        keys = self.kt if small else self.kt.mT
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
             here, part = slice(a, a + at_once), ids[a : a + at_once]
@@ -560,7 +560,7 @@ class Head:
             v = v.reshape(n, wide, -1)
             s = loops.work_space("scores", (n, size, wide), q.dtype)
             by_block = s.reshape(n, size, route, size).swapaxes(1, 2)
-            if few:
+            if small:
                 loops.small_products(q[here, None], k, out=by_block)
             else:
                 np.matmul(q[here], k.reshape(n, wide, -1).mT, out=s)
