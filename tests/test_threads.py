@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -140,23 +139,24 @@ def test_the_caller_waits_while_others_work(monkeypatch: pytest.MonkeyPatch) -> 
     assert ran[-1] == threading.get_ident()
 
 
-def test_an_error_ends_what_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_does_not_wait_for_the_jobs_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "num_threads", lambda: 2)
-    failed, done = threading.Event(), []
+    running, go = threading.Barrier(3, timeout=60), threading.Event()
+    told: list[bool] = []
 
-    def fail() -> None:
-        failed.set()
-        msg = "on purpose"
-        raise RuntimeError(msg)
+    def long() -> None:
+        running.wait()
+        told.append(go.wait(20))
 
-    def slow() -> None:
-        failed.wait(60)
-        time.sleep(0.2)  # for the caller to hear of it
-        done.append(1)
-
-    with pytest.raises(RuntimeError, match="on purpose"):
-        loops.run_jobs([fail, *[slow] * 20])
-    assert len(done) <= 2
+    other = threading.Thread(target=loops.run_jobs, args=([long, long],))
+    other.start()
+    running.wait()  # both threads of the pool are taken
+    done: list[int] = []
+    loops.run_jobs([lambda: done.append(1)] * 4)
+    assert len(done) == 4
+    go.set()
+    other.join()
+    assert told == [True, True]
 
 
 def test_jobs_see_the_threads_of_their_caller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -716,8 +716,8 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
     with _blas.held():
         threads = num_threads()
         many, pool = min(threads, len(jobs)), _pool(threads)
-        # A job that runs jobs works, too: it is in the place of a thread it would wait for.
-        works = many < 2 or _kept.__dict__.get("depth", 0) > 0
+        # A caller works, too, where it would else wait for others' jobs, or as one for itself.
+        works = many < 2 or _kept.__dict__.get("depth", 0) > 0 or _blas.users > 1
         if not works:
             pool.place()
         futures = [pool.executor.submit(_run_all, shared(), threads) for _ in range(many - works)]
@@ -725,7 +725,7 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, small: bool = False) -> None
             if works:
                 _run_all(shared(), threads)
             else:
-                wait(futures, return_when=FIRST_EXCEPTION)
+                wait(futures, return_when=FIRST_COMPLETED)  # no job is left, or one failed
         finally:
             with take:
                 queue = iter(())
