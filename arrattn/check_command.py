@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> int:
     if args.conformance:
         from arrattn.testing import conformance
 
-        sys.stdout.write(conformance.markdown(examples=args.examples or 40, seed=args.seed))
+        try:
+            page = conformance.markdown(examples=args.examples or 40, seed=args.seed)
+        except ImportError as error:
+            return _refuse(str(error))
+        sys.stdout.write(page)
         return 0
     if args.target is None:
         return _refuse("expected MODULE:CALLABLE, or --list")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from hypothesis import find, settings
 
 import arrattn
 from arrattn.cli import main
-from arrattn.testing import CHOICES, LAWS, check, pytest_laws
+from arrattn.testing import CHOICES, LAWS, check, conformance, pytest_laws
 from arrattn.testing.adapters import ADAPTERS, adapter_of
 from arrattn.testing.check import check_subject, read_laws
 from arrattn.testing.memory import peaks
@@ -401,6 +403,20 @@ def test_the_page_has_every_law_and_every_adapter() -> None:
         )
     for adapter in ADAPTERS.values():
         assert f"`{adapter.target}`" in page
+
+
+def test_the_page_is_not_begun_with_a_library_that_does_not_load(monkeypatch: Any) -> None:
+    def load() -> Any:
+        msg = "no backend"
+        raise ModuleNotFoundError(msg)
+
+    whole = ADAPTERS["jax.nn:dot_product_attention"]
+    broken = replace(whole, packages=("numpy",), load=load)
+    monkeypatch.setattr(conformance, "ADAPTERS", {broken.target: broken})
+    monkeypatch.setattr(conformance, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(conformance, "check", lambda *_, **__: pytest.fail("a check was begun"))
+    with pytest.raises(ImportError, match="does not load: ModuleNotFoundError: no backend"):
+        conformance.markdown()
 
 
 # -- The command ------------------------------------------------------------------------------

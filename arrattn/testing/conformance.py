@@ -81,11 +81,19 @@ def markdown(*, examples: int = 40, seed: int = 0) -> str:
     -------
     str
         Markdown.
+
+    Raises
+    ------
+    ImportError
+        If a library is installed whose function does not load.
     """
     ours = [(family, name) for family in FUNCTIONS for name in LIBRARIES if _installed(name)]
     others = [x for x in ADAPTERS.values() if x.installed]
     # A process for each: what one library sets or fills up does not reach the next.
     with ProcessPoolExecutor(WORKERS, get_context("spawn"), max_tasks_per_child=1) as pool:
+        # What does not import is to be known now, and not at the end.
+        for loaded in [pool.submit(_load, x.target) for x in others]:
+            loaded.result()
         found = [pool.submit(_peer, x.target, examples, seed) for x in others]
         also = [pool.submit(_own, *x, examples, seed) for x in ours]
         peers = {x.title: report.result() for x, report in zip(others, found, strict=True)}
@@ -95,6 +103,14 @@ def markdown(*, examples: int = 40, seed: int = 0) -> str:
 
 def _installed(name: str) -> bool:
     return importlib.util.find_spec(MODULES.get(name, name).partition(".")[0]) is not None
+
+
+def _load(target: str) -> None:
+    try:
+        ADAPTERS[target].load()
+    except Exception as error:
+        msg = f"{target} is installed, and does not load: {type(error).__name__}: {error}"
+        raise ImportError(msg) from None
 
 
 def _fewer(examples: int, name: str) -> int:
