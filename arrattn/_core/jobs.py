@@ -147,11 +147,13 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
             continue
         # Where they take little time, norms are computed before there are threads to wait for.
         reach = gather.reach(item.k, item.v, call.acc) if item.k.size <= BUDGET else None
-        for h in range(hkv):
-            head = Head(head_item(item, h), out[b][h], lse[b][h])
-            if reach is not None:
-                head._reach = reach[h]
-            jobs += [(strip.cost, partial(head.run, strip)) for strip in plan.strips]
+        whole = Head(item, out[b], lse[b], reach)
+        heads: dict[int, list[Head]] = {}
+        for strip in plan.strips:
+            many = _heads_at_once(item, strip, math.prod(call.batch) * len(plan.strips))
+            if many not in heads:
+                heads[many] = whole.cut(many)
+            jobs += [(many * strip.cost, partial(head.run, strip)) for head in heads[many]]
     loops.run_jobs(_bundled(jobs), small=small)
     for one in together:
         one.finish()
@@ -327,18 +329,19 @@ def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
     )
 
 
-def head_item(call: SoftmaxInputs, h: int) -> SoftmaxInputs:
-    """One key head, with its query heads, of a batch item."""
+def head_item(call: SoftmaxInputs, h: int, many: int = 1) -> SoftmaxInputs:
+    """One key head, or several from `h` on, with their query heads, of a batch item."""
+    some = slice(h, h + many)
 
     def pick(x: Array, trailing: int) -> Array:
-        return x if trailing != 4 or x.shape[0] == 1 else x[h : h + 1]
+        return x if trailing != 4 or x.shape[0] == 1 else x[some]
 
     return call._replace(
-        q=call.q[h : h + 1],
-        k=call.k[h : h + 1],
-        v=call.v[h : h + 1],
+        q=call.q[some],
+        k=call.k[some],
+        v=call.v[some],
         bias=None if call.bias is None else pick(call.bias, 4),
-        sinks=None if call.sinks is None else call.sinks[h : h + 1],
+        sinks=None if call.sinks is None else call.sinks[some],
         pattern=_picked(call.pattern, pick),
         always=_picked(call.always, pick),
         block_scores=None if call.block_scores is None else pick(call.block_scores, 4),
@@ -590,36 +593,83 @@ def _cut_band(
     yield from edge(first + alike * rows, stop)
 
 
+def _heads_at_once(item: SoftmaxInputs, strip: Strip, alike: int) -> int:
+    """
+    How many key heads a job does of a strip, of which there are so many `alike` for each head.
+
+    Small tiles of several heads fill the work space together: fewer calls of NumPy, and fewer
+    turns at the interpreter.
+    """
+    hkv, rows = item.heads[0], item.heads[1] * strip.rows
+    plain = item.bias is item.softcap is item.sinks is None
+    if strip.tiles > 1 or rows <= few.ROWS or not plain or _differs_by_head(item.pattern):
+        return 1
+    fit = BUDGET // (rows * max((run.j1 - run.j0 for run in strip.runs), default=1))
+    return max(1, min(fit, alike * hkv // loops.num_threads(), hkv))
+
+
+def _differs_by_head(pattern: Pattern | None) -> bool:
+    """Whether the heads of an item may see different keys."""
+    heads = {1}
+
+    def note(x: Array, trailing: int) -> Array:
+        heads.add(x.shape[0] if trailing == 4 else 1)
+        return x
+
+    _picked(pattern, note)
+    return heads != {1}
+
+
 class Head:
     """
-    One key head of one item: what its jobs share, and where they write.
+    One key head of one item, or several: what their jobs share, and where they write.
 
     Parameters
     ----------
     call : SoftmaxInputs
-        Without batch axes, and of a single key head.
-    out, lse : array, shapes (G, Nq, Dv) and (G, Nq)
+        Without batch axes.
+    out, lse : array, shapes (Hkv, G, Nq, Dv) and (Hkv, G, Nq)
         Where the results go.
+    reach : array, shape (Hkv, Nk), optional
+        `gather.reach` of the keys, where it is known.
     """
 
-    def __init__(self, call: SoftmaxInputs, out: Array, lse: Array) -> None:
+    def __init__(
+        self, call: SoftmaxInputs, out: Array, lse: Array, reach: Array | None = None
+    ) -> None:
         self.call, self.out, self.lse = call, out, lse
         self.lock = threading.Lock()
-        self._reach: Array | None = None
+        self._reach = reach
         # Softcap and bias change scores after the product, and bounds on them with it.
         self.plain = call.bias is None and call.softcap is None
 
     def reach(self) -> Array:
-        """`gather.reach` of the keys, computed by the first job that asks."""
+        """`gather.reach` of the keys, ``(Hkv, Nk)``, computed by the first job that asks."""
         with self.lock:
             if self._reach is None:
-                self._reach = gather.reach(self.call.k[0], self.call.v[0], self.call.acc)
+                self._reach = gather.reach(self.call.k, self.call.v, self.call.acc)
             return self._reach
+
+    def cut(self, many: int) -> list[Head]:
+        """These heads, so `many` at a time."""
+        hkv, reach = self.call.heads[0], self._reach
+        if many >= hkv:
+            return [self]
+        starts = range(0, hkv, many)
+        return [
+            Head(
+                head_item(self.call, h, many),
+                self.out[h : h + many],
+                self.lse[h : h + many],
+                None if reach is None else reach[h : h + many],
+            )
+            for h in starts
+        ]
 
     def run(self, strip: Strip) -> None:
         """Compute the rows of a strip."""
         g, i1 = self.call.q.shape[-3], strip.stop
-        q = _tiles_of(self.call.q[0], strip)
+        q = _tiles_of(self.call.q, strip)
         out, lse = _tiles_of(self.out, strip), _tiles_of(self.lse[..., None], strip)
         if self.plain and g * (i1 - strip.i0) > few.ROWS:
             self._gather(strip, q, out, lse)
@@ -635,7 +685,7 @@ class Head:
         _, g, n, d = q.shape
         if not self.plain or run.hide or g * n > few.ROWS:
             return self._fold(state, enter(call, q[:, None], scale=call.scale), strip, run, None)
-        k, v = (enter(call, _of_run(x[0], strip, run)) for x in (call.k, call.v))
+        k, v = (enter(call, _of_run(x, strip, run)[0]) for x in (call.k, call.v))
         rows = few.gather(enter(call, q.reshape(g * n, d)), k, v, call.scale)
         part = State(*(x.reshape(1, 1, g, n, -1) for x in rows))
         return online_softmax.merge(state, part, xp=np)
@@ -649,6 +699,11 @@ class Head:
         call, reach = self.call, self.reach()
         spans = [_windows(reach, strip, run) for run in strip.runs]
         rows = gather.Rows(q, call.scale, call.v.shape[-1], call.acc)
+        if len(reach) > 1 and not all((span <= rows.limit).all() for span in spans):
+            # What one head needs is no business of the others.
+            for head in self.cut(1):
+                head.run(strip)
+            return
         rows.choose([self._common(strip, *pair) for pair in zip(strip.runs, spans, strict=True)])
         rest = None if call.sinks is None else self._empty(out.shape)
         raw = None
@@ -688,18 +743,19 @@ class Head:
     def _keys(self, strip: Strip, run: Run, *, transposed: bool) -> tuple[Array, Array]:
         """Keys (count, m, D), or transposed, and values (count, m, Dv) of a run."""
         call, m = self.call, run.j1 - run.j0
-        k, v = (enter(call, _of_run(x[0], strip, run)) for x in (call.k, call.v))
+        k, v = (enter(call, _of_run(x, strip, run)) for x in (call.k, call.v))
         if not transposed:
             return _overlapping(k, strip, m), _overlapping(v, strip, m)
-        if len(k) == m and not loops.unpacked():
-            return k.T[None], v[None]
+        h, n, d = k.shape
+        if n == m and not loops.unpacked():
+            return k.mT, v
         # Small products are faster from keys that lie transposed.
-        kt = loops.work_space("keys", (k.shape[1], k.shape[0]), k.dtype)
-        np.copyto(kt, k.T)
-        if len(k) == m:
-            return kt[None], v[None]
-        step = (strip.rows * kt.strides[1], *kt.strides)
-        return as_strided(kt, (strip.tiles, kt.shape[0], m), step), _overlapping(v, strip, m)
+        kt = loops.work_space("keys", (h, d, n), k.dtype)
+        np.copyto(kt, k.mT)
+        if n == m:
+            return kt, v
+        step = (strip.rows * kt.strides[2], *kt.strides[1:])
+        return as_strided(kt, (strip.tiles, d, m), step), _overlapping(v, strip, m)
 
     def _common(self, strip: Strip, run: Run, span: Array) -> Array:
         """What `span` holds for keys that every row of the strip sees, or some of those."""
@@ -754,33 +810,36 @@ def _rows_that_see(
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
-    """Rows ``(G, N, D)`` of a strip as a view ``(count, G, rows, D)``."""
-    rows = x[:, strip.i0 : strip.stop]
-    g, _, d = x.shape
-    return rows.reshape(g, strip.tiles, strip.rows, d).transpose(1, 0, 2, 3)
+    """Rows ``(Hkv, G, N, D)`` of a strip as a view ``(count, G, rows, D)``."""
+    rows = x[:, :, strip.i0 : strip.stop]
+    if strip.tiles == 1:
+        return rows
+    _, g, _, d = x.shape
+    return rows[0].reshape(g, strip.tiles, strip.rows, d).transpose(1, 0, 2, 3)
 
 
 def _of_run(x: Array, strip: Strip, run: Run) -> Array:
-    """Keys ``(Nk, ...)`` of a run, for all tiles together."""
+    """Keys ``(Hkv, Nk, ...)`` of a run, for all tiles together."""
     if run.parts:
-        return np.concatenate([x[j0:j1] for j0, j1 in run.parts])
+        return np.concatenate([x[:, j0:j1] for j0, j1 in run.parts], axis=1)
     j0, j1 = strip.keys(run)
-    return x[j0:j1]
+    return x[:, j0:j1]
 
 
 def _overlapping(x: Array, strip: Strip, m: int) -> Array:
-    """``(count, m, D)`` views of `x`, each ``strip.rows`` further on; one where `x` is all."""
-    if len(x) == m:
-        return x[None]
-    return as_strided(x, (strip.tiles, m, x.shape[1]), (strip.rows * x.strides[0], *x.strides))
+    """``(count, m, D)`` views of `x`, each ``strip.rows`` further on; `x` where that is all."""
+    _, n, d = x.shape
+    if n == m:
+        return x
+    return as_strided(x, (strip.tiles, m, d), (strip.rows * x.strides[1], *x.strides[1:]))
 
 
 def _windows(x: Array, strip: Strip, run: Run) -> Array:
-    """What ``x (Nk,)`` holds for the keys of a run, ``(count, m)`` or ``(1, m)``."""
+    """What ``x (Hkv, Nk)`` holds for the keys of a run, ``(count, m)`` or ``(1, m)``."""
     if strip.tiles == 1 or not run.moves:
-        return _of_run(x, strip, run)[None]
-    (step,) = x.strides
-    return as_strided(x[run.j0 :], (strip.tiles, run.j1 - run.j0), (strip.rows * step, step))
+        return _of_run(x, strip, run)
+    step = x.strides[1]
+    return as_strided(x[:, run.j0 :], (strip.tiles, run.j1 - run.j0), (strip.rows * step, step))
 
 
 def _write(results: tuple[Array, Array], out: Array, lse: Array) -> None:
