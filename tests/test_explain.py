@@ -192,7 +192,7 @@ def test_the_products_named_are_those_of_the_jobs(
 
     def count(self: Any, strip: Any) -> None:
         nonlocal pairs
-        pairs += strip.cost
+        pairs += strip.cost * self.call.heads[0]
         was(self, strip)
 
     why = explain(attention, X, X, X, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -375,8 +376,60 @@ def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
     close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))
 
 
+def _one_head_loud(q: Any, k: Any, v: Any) -> None:
+    q[:, 1] *= 1e3  # its scores need their maximum
+
+
+def _one_key_far(q: Any, k: Any, v: Any) -> None:
+    k[0, 2, 5], v[1, 0, 3] = 1e20, 1e35
+
+
+def _hidden_nan(q: Any, k: Any, v: Any) -> None:
+    k[:, :, -1], v[:, 0, -2:] = np.nan, np.inf
+
+
+@pytest.mark.parametrize("spoil", [None, _one_head_loud, _one_key_far, _hidden_nan])
+@pytest.mark.parametrize("options", [
+    {},
+    {"is_causal": True},
+    {"kv_lengths": 158},
+    {"mask": np.arange(160) < 158},
+    {"mask": np.arange(160) < np.repeat([158, 100, 31, 1], 2)[:, None, None]},
+    {"pattern": Global(2) | Window(30, 2), "is_causal": True},
+])  # fmt: skip
+def test_heads_that_a_job_does_at_once_have_the_bits_of_each_alone(
+    options: dict[str, Any], spoil: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(5)
+    q = rng.standard_normal((2, 8, 160, 16), dtype=np.float32)
+    k, v = rng.standard_normal((2, 2, 4, 160, 16), dtype=np.float32)
+    if spoil is not None:
+        spoil(q, k, v)
+    heads = Counter[int]()
+    was = jobs.Head.run
+
+    def count(self: Any, strip: Any) -> None:
+        heads[self.call.heads[0]] += 1
+        was(self, strip)
+
+    monkeypatch.setattr(jobs.Head, "run", count)
+    with set_num_threads(1):
+        out, lse = attention(q, k, v, **options, return_lse=True)
+        by_head = "mask" in options and options["mask"].ndim > 1
+        assert (max(heads) == 1) is by_head
+        for b, h in np.ndindex(2, 4):
+            at = (slice(b, b + 1), slice(2 * h, 2 * h + 2))
+            alone = dict(options)
+            if by_head:
+                alone["mask"] = options["mask"][2 * h : 2 * h + 2]
+            one = (slice(b, b + 1), slice(h, h + 1))
+            o, l = attention(q[at], k[one], v[one], **alone, return_lse=True)  # noqa: E741
+            np.testing.assert_array_equal(out[at], o)
+            np.testing.assert_array_equal(lse[at], l)
+
+
 def test_heads_are_small_up_to_so_many_pairs_and_keys() -> None:
-    for n, m, small in ((128, 128, True), (129, 128, False), (1, 512, True), (1, 513, False)):
+    for n, m, small in ((64, 64, True), (65, 64, False), (1, 512, True), (1, 513, False)):
         call = read_softmax("attention", *standard_normal(n, m))
         assert jobs.is_small(call) is small
 

@@ -47,7 +47,7 @@ BUDGET = 1 << 18
 BUNDLE = BUDGET // 2
 
 #: Pairs of a head, and keys, up to which many heads are done at once.
-SMALL, SMALL_KEYS = 1 << 14, 512
+SMALL, SMALL_KEYS = 1 << 12, 512
 
 #: Keys of a run where rows are so few that reading keys is what takes the time.
 FEW_KEYS = 1 << 14
@@ -131,12 +131,13 @@ class Cut(NamedTuple):
 def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Array]:
     """What `engine.attend` does, for NumPy arrays."""
     (hkv, g), (nq, nk) = call.heads, call.lengths
-    out = np.empty((*call.batch, hkv, g, nq, call.v.shape[-1]), call.acc)
-    lse = np.empty((*call.batch, hkv, g, nq), call.acc)
+    shape = (*call.batch, hkv, g, nq, call.v.shape[-1])
+    out, lse = np.empty(shape, call.acc), np.empty(shape[:-1], call.acc)
     small = g * nq * nk * max(call.q.shape[-1], call.v.shape[-1]) <= loops.SMALL
     if tile is None and is_small(call):
         loops.run_jobs(list(_small_jobs(call, out, lse)), small=small)
         return out, lse
+    call, out, lse = _items_as_heads(call, out, lse)
     jobs: list[tuple[int, Any]] = []
     together: list[Few] = []
     for b, item, plan in _parts(call, tile):
@@ -157,7 +158,23 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
     loops.run_jobs(_bundled(jobs), small=small)
     for one in together:
         one.finish()
-    return out, lse
+    return out.reshape(shape), lse.reshape(shape[:-1])
+
+
+def _items_as_heads(
+    call: SoftmaxInputs, out: Array, lse: Array
+) -> tuple[SoftmaxInputs, Array, Array]:
+    """A call as one of a single item, all heads of all items being its heads, if they are alike."""
+    alike = isinstance(call.offset, int) and (call.pattern is None or call.pattern.uniform)
+    arrays = (call.q, 4), (call.k, 3), (call.v, 3)
+    own = all(x.shape[:-n] == call.batch and x.flags.c_contiguous for x, n in arrays)
+    if not (alike and own and call.bias is call.sinks is None):
+        return call, out, lse
+    heads = math.prod(call.batch) * call.heads[0]
+    q, k, v, out, lse = (
+        x.reshape(heads, *x.shape[x.ndim - n + 1 :]) for x, n in (*arrays, (out, 4), (lse, 3))
+    )
+    return call._replace(q=q, k=k, v=v, batch=()), out, lse
 
 
 def _bundled(jobs: list[tuple[int, Any]]) -> list[Any]:
