@@ -96,6 +96,7 @@ CAUSAL = Problem(causal=True)
 CACHE = Problem(batch=8, heads=8, key_heads=2, queries=1)
 NEAR = Problem(window=(128, 0))
 LONGFORMER = Problem(window=(256, 256), shared=4)
+SENTENCES = Problem(batch=8, heads=12)
 LARGE = Problem(spread=100.0)  # scores in the hundreds
 HALF, BRAIN = Problem(dtype="float16"), Problem(dtype="bfloat16")
 
@@ -139,6 +140,7 @@ CASES: tuple[Pair | Limit, ...] = (
     Pair("dense", "causal", ours.dense, "product", CAUSAL, RATE),
     Pair("dense", "full", ours.dense, "torch", FULL, SHORT | {2048: 1.05, 4096: 1.05, 8192: 1.15}),
     Pair("dense", "causal", ours.dense, "torch", CAUSAL, SHORT | {2048: 1.1, 4096: 1.1, 8192: 1.2}),
+    Pair("dense", "8 items of 12 heads", ours.dense, "torch", SENTENCES, {128: None, 256: None}),
     Pair("dense", "full", ours.dense, "onnxruntime", FULL, dict.fromkeys(LONG, 1.1)),
     Pair("dense", "causal", ours.dense, "onnxruntime", CAUSAL, dict.fromkeys(LONG, 1.1)),
     Pair("dense", "full", ours.dense, "jax", FULL, dict.fromkeys(LONG, 3.0)),
