@@ -232,8 +232,7 @@ def _operands(
         lead = (*x.outer, *heads, dphi)
         inputs.read_state(state, ((*lead, x.v.shape[-1]), lead), x.acc, function)
         full = len(x.outer) + 2
-        S = inputs.lead_with_ones(state.S, full + 1, no_head=x.no_head)
-        z = inputs.lead_with_ones(state.z, full, no_head=x.no_head)
+        S, z = inputs.lead_with_ones(state.S, full + 1), inputs.lead_with_ones(state.z, full)
         x = x._replace(state=LinearState(x.split_heads(S, 2), x.split_heads(z, 1)))
     return lay_out(x, weights, padded=padded)
 

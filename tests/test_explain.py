@@ -34,7 +34,7 @@ from arrattn._core import (
 )
 from arrattn._core.plan import Plan
 from arrattn.explain import Explanation
-from arrattn.patterns import Window
+from arrattn.patterns import Global, Pattern, Window
 
 
 def draw(*shape: int) -> np.ndarray[Any, Any]:
@@ -202,6 +202,7 @@ def test_the_products_named_are_those_of_the_jobs(
     assert why.products == pairs * 16
     assert type(why.products) is int
     small = explain(attention, *(X[:, :, :20],) * 3)
+    assert small.engine == "tiles"
     assert "small heads" in small.steps[0]
     pairs = 0
     attention(*(X[:, :, :20],) * 3)
@@ -244,6 +245,11 @@ def test_the_form_named_is_the_form_run(
     assert set(taken) == {form}
     assert why.steps[0] == _FORMS[form]
     assert "state 8 x 8" in why.steps[1]
+
+
+@pytest.mark.parametrize("pattern", [Window(20, 20), Window(20, 20) | Global(4)])
+def test_a_band_is_named_whatever_is_seen_beside_it(pattern: Pattern) -> None:
+    assert "32 queries at a time" in explain(attention, X, X, X, pattern=pattern).steps[1]
 
 
 DECAY = np.full((2, 300), -0.1)

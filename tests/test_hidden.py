@@ -80,7 +80,12 @@ def test_hidden_keys_and_values_are_absent(lane: Lane, family: str) -> None:
     for_all(case=cases(), value=POISON, where=where)(law)(lane)
 
 
-@pytest.mark.parametrize("family", ["dense", "tiles", "local"])
+SPOILED = {name: FUNCTIONS[name] for name in ("dense", "tiles", "local")} | {
+    "blocks": lambda *a, **o: sparse_attention(*a, select="blocks", block_size=2, top_k=5, **o)
+}
+
+
+@pytest.mark.parametrize("family", SPOILED)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_rows_that_see_a_spoiled_value_are_spoiled_and_no_others(
     lane: Lane, family: str, value: float
@@ -89,7 +94,7 @@ def test_rows_that_see_a_spoiled_value_are_spoiled_and_no_others(
     q, k, v = rng.normal(size=(3, 1, 9, 4))
     v[0, 4, 2] = value
     options: dict[str, Any] = {"is_causal": True}
-    got = lane.to_numpy(lane.call(FUNCTIONS[family], q, k, v, dtype="float64", **options))
+    got = lane.to_numpy(lane.call(SPOILED[family], q, k, v, dtype="float64", **options))
     reach = 2 if family == "local" else 9
     sees = np.asarray([4 <= i <= 4 + reach for i in range(9)])
     assert not np.isfinite(got[0, sees, 2]).any()
@@ -97,12 +102,12 @@ def test_rows_that_see_a_spoiled_value_are_spoiled_and_no_others(
     assert np.isfinite(got[0][:, [0, 1, 3]]).all(), "another channel was reached"
 
 
-@pytest.mark.parametrize("family", ["dense", "tiles", "local"])
+@pytest.mark.parametrize("family", SPOILED)
 def test_rows_that_see_a_spoiled_key_are_spoiled_and_no_others(lane: Lane, family: str) -> None:
     rng = np.random.default_rng(5)
     q, k, v = rng.normal(size=(3, 1, 9, 4))
     k[0, 4, :] = np.nan
-    got = lane.to_numpy(lane.call(FUNCTIONS[family], q, k, v, dtype="float64", is_causal=True))
+    got = lane.to_numpy(lane.call(SPOILED[family], q, k, v, dtype="float64", is_causal=True))
     reach = 2 if family == "local" else 9
     sees = np.asarray([4 <= i <= 4 + reach for i in range(9)])
     assert np.isnan(got[0, sees]).all()

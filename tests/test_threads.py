@@ -92,6 +92,29 @@ def test_an_error_in_a_job_reaches_the_caller_and_later_calls_work() -> None:
     assert done[-1] == -1
 
 
+def test_by_default_as_many_threads_as_processors_that_may_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("ARRATTN_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5, 7, 11}, raising=False)
+    assert get_num_threads() == 5
+
+
+def test_blas_is_given_back_when_the_last_of_the_calls_that_overlap_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = [4]
+    settings = lambda: [(lambda: threads[-1], threads.append)]  # noqa: E731
+    monkeypatch.setattr(loops, "_blas_settings", settings)
+    blas = loops._Blas()
+    with blas.held():
+        assert threads == [4, 1]
+        with blas.held():
+            pass
+        assert threads == [4, 1]
+    assert threads == [4, 1, 4]
+
+
 def test_jobs_within_jobs_finish() -> None:
     done: list[int] = []
     inner = [lambda n=n: done.append(n) for n in range(5)]

@@ -43,7 +43,7 @@ from arrattn._core import (
     sparse_jobs,
     streams,
 )
-from arrattn.patterns import Blocks, Causal, Global, Segments, Window
+from arrattn.patterns import Blocks, Causal, Global, Random, Rectangles, Segments, Window, _random
 
 
 @dataclass
@@ -204,6 +204,19 @@ def test_a_pattern_is_asked_only_where_it_decides(monkeypatch: pytest.MonkeyPatc
     assert not asked
     attention(*qkv(n), pattern=Causal() & Segments(two, two))
     assert not asked  # tiles begin where documents do
+
+
+def test_keys_drawn_one_by_one_are_not_looked_at_where_there_surely_are_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    was = _random._table
+    monkeypatch.setattr(_random, "_table", lambda x, c: (looked.append(c), was(x, c))[1])
+    place = Rectangles(*(np.array([[x]]) for x in (0, 500, 0, 500, 0, 256)))
+    some, every = Random(16, 0, keys=2000).rectangles(place)
+    assert (bool(some), bool(every), looked) == (True, False, [])
+    assert bool(Random(16, 0, size=2, keys=2000).rectangles(place)[0])
+    assert looked
 
 
 def test_small_calls_wake_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:

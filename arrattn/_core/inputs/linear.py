@@ -147,7 +147,7 @@ def read_delta(
         mask = _both_masks(mask, _within(lengths, nk, xp, device))
     state = None
     if initial_state is not None:
-        S = lead_with_ones(initial_state[0], len(batch) + 3, no_head=no_head)
+        S = lead_with_ones(initial_state[0], len(batch) + 3)
         z = xp.zeros(S.shape[:-1], dtype=S.dtype, device=loops.device_of(S))
         state = LinearState(S, z)
     x = LinearInputs(
@@ -213,9 +213,8 @@ def _with_gates(x: LinearInputs) -> LinearInputs:
     return x._replace(log_decay=split(x.log_decay, 2), beta=split(x.beta, 1), state=state)
 
 
-def lead_with_ones(x: Array, ndim: int, *, no_head: bool) -> Array:
+def lead_with_ones(x: Array, ndim: int) -> Array:
     """Give an array that broadcasts all its axes, and a head axis where there is none."""
-    x = x[None, ...] if no_head else x
     xp = compat.array_namespace(x)
     return xp.reshape(x, (1,) * (ndim - x.ndim) + tuple(x.shape))
 
