@@ -249,7 +249,8 @@ def test_the_form_named_is_the_form_run(
 
 @pytest.mark.parametrize("pattern", [Window(20, 20), Window(20, 20) | Global(4)])
 def test_a_band_is_named_whatever_is_seen_beside_it(pattern: Pattern) -> None:
-    assert "32 queries at a time" in explain(attention, X, X, X, pattern=pattern).steps[1]
+    x = np.zeros((4, 600, 16), np.float32)
+    assert "32 queries at a time" in explain(attention, x, x, x, pattern=pattern).steps[1]
 
 
 DECAY = np.full((2, 300), -0.1)
