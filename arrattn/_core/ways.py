@@ -58,9 +58,7 @@ def _threads(call: SoftmaxInputs) -> Way:
         return Way("tiles", small, products=pair_products(call, nq * nk))
     cuts = [cut for *_, cut in jobs.items(call)]
     first, looked = cuts[0], sum(strip.cost for cut in cuts for strip in cut.strips)
-    steps = [
-        f"jobs of some queries of one head or of several, on up to {loops.num_threads()} threads"
-    ]
+    steps = [f"jobs of some queries of a head or several, on up to {loops.num_threads()} threads"]
     if first.band_rows is not None:
         rows = first.band_rows
         steps.append(f"{rows} queries at a time, with the whole band of keys that they see")
