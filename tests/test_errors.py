@@ -499,6 +499,11 @@ def test_more_value_heads_than_key_heads() -> None:
             "parts[1].out: expected the floating dtype of parts[0].out",
         ),
         (
+            [(ONES, ONES[..., 0]), (ONES, ONES[..., 0].astype(np.float32))],
+            TypeError,
+            "parts[1].lse: expected the floating dtype of parts[0].lse",
+        ),
+        (
             [(ONES, ONES[..., 0]), (torch.ones(2, 5, 4), torch.ones(2, 5))],
             TypeError,
             "parts[1].out: expected numpy, got torch",

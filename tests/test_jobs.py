@@ -376,6 +376,15 @@ def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
     close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))
 
 
+@pytest.mark.parametrize("far", [1e10, 1e25])
+def test_keys_that_are_left_to_the_fold_leave_the_others_counted_once(far: float) -> None:
+    q, k, v = standard_normal(300, 400)
+    v[..., 7, :] = far
+    exact = [x.astype(np.float64) for x in (q, k, v)]
+    within = output_error(*exact, dtype="float32")
+    close(attention(q, k, v), softmax_attention(*exact), within=within)
+
+
 def _one_head_loud(q: Any, k: Any, v: Any) -> None:
     q[:, 1] *= 1e3  # its scores need their maximum
 

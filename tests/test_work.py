@@ -24,6 +24,7 @@ from tolerance import output_error
 from arrattn import (
     attention,
     delta_attention,
+    dense,
     feature_maps,
     linear_attention,
     local_attention,
@@ -126,6 +127,24 @@ def test_every_pair_is_done_once(n: int, m: int, h: int, g: int) -> None:
     merged = 2 * h * g * n * -(-m // few.PART) if g * n <= few.ROWS else 0
     assert work.exps == pairs + merged
     assert work.products == pairs * per_pair(arrays)
+
+
+@pytest.mark.parametrize("n", [20, 64, 100])
+def test_every_pair_of_many_items_is_done_once(n: int) -> None:
+    q, k, v = (np.broadcast_to(x, (150, *x.shape)).copy() for x in qkv(n, h=2, g=2))
+    for options in ({}, {"is_causal": True}):
+        assert done(attention, q, k, v, **options).products == 150 * 4 * n * n * per_pair((q, k, v))
+
+
+def test_a_bare_call_of_few_numbers_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    short = attention(*qkv(16, h=2))
+    monkeypatch.setattr(dense, "read_softmax", refuse)
+    np.testing.assert_array_equal(attention(*qkv(16, h=2)), short)
+    with pytest.raises(AssertionError):
+        attention(*qkv(16, h=2), engine="tiles")
 
 
 @pytest.mark.parametrize(("n", "m"), [(2048, 2048), (1500, 2100), (300, 300)])
