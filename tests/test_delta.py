@@ -84,6 +84,19 @@ def check_rule(lane: Lane, channels: int | None) -> None:
 
 
 @eager
+def test_a_length_and_a_mask_both_hide(lane: Lane) -> None:
+    case = tokens(40, None)
+    mask = np.arange(40) % 7 != 4
+    options: dict[str, Any] = {"key_mask": mask, "kv_lengths": 33, **case.options}
+    expected = reference.delta_attention(*case.arrays, **options)
+    within, _ = delta_errors(case, "float64", expected)
+    lane.check(
+        lane.call(delta_attention, *case.arrays, dtype="float64", **options),
+        expected, dtype="float64", within=within,
+    )  # fmt: skip
+
+
+@eager
 @RULES
 @pytest.mark.parametrize("n", [31, 33, 1100])
 def test_equals_the_steps(lane: Lane, n: int, channels: int | None) -> None:
