@@ -32,8 +32,8 @@ from arrattn.patterns import Pattern
 JOBS = 8
 
 #: Scores held at once: of the keys chosen from, of a batch of own blocks, and of a tile with all
-#: keys, whose products are the faster the more queries it has.
-CHOICES, TILE, EXACT = 1 << 21, 1 << 19, 1 << 21
+#: keys, whose products are the faster the more queries it has. And values picked at once.
+CHOICES, TILE, EXACT, PICKED = 1 << 21, 1 << 19, 1 << 21, 1 << 18
 
 #: Rows of own blocks whose keys are cut to those that one of them sees.
 OWN_ROWS = 32
@@ -682,35 +682,32 @@ class Head:
         if not len(blocks):
             return
         s, j = self._all_scores(span, blocks)
-        best = best_of(s.T, self.choice.top_k)
-        rows, at = np.nonzero(best.chosen)
-        keys = j[best.columns[rows, at]]
+        best = best_of(s, self.choice.top_k)
+        keys = j[best.columns]
         if self.choice.selection:
-            self._note(span, rows, keys)
-        self._pick(span, rows, keys, best.scores[rows, at])
+            real = best.scores != -math.inf
+            self._note(span, np.nonzero(real)[0], keys[real])
+        self._pick(span, keys, best.scores)
 
     def _all_scores(self, span: Span, blocks: Array) -> tuple[Array, Array]:
-        """
-        Scores with all keys of these blocks, ``(m, R)``, and which keys they are.
-
-        Keys come first: BLAS is faster at the product that has many rows.
-        """
+        """Scores with all keys of these blocks, ``(R, m)``, and which keys they are."""
         size = self.size
         j = (blocks[:, None] * size + np.arange(size)).reshape(-1)
-        j = j[: np.searchsorted(j, self.nk)]
         whole = j[-1] - j[0] == len(j) - 1
-        k = self.k[j[0] : j[-1] + 1] if whole else self.k[j]
-        s = loops.work_space("all scores", (len(j), len(span.q)), span.q.dtype)
-        q = span.q.T
+        at: Any = slice(int(blocks[0]), int(blocks[-1]) + 1) if whole else blocks
+        s = loops.work_space("all scores", (len(span.q), len(j)), span.q.dtype)
+        by_block = s.reshape(len(s), -1, size).swapaxes(0, 1)
         if loops.unpacked():
-            q = np.ascontiguousarray(q)
-        loops.small_products(k, q, out=s)
+            loops.small_products(span.q, self.kt[at], out=by_block)
+        else:
+            np.matmul(span.q, self.kt.mT[at].reshape(len(j), -1).T, out=s)
         if self.after != 1.0:
             s *= self.after
+        s[:, np.searchsorted(j, self.nk) :] = -math.inf
         kinds: Any = self.kinds
         odd = (kinds[span.t0 : span.t1, blocks] != 2).any(axis=0)
         for n, block in zip(np.flatnonzero(odd).tolist(), blocks[odd].tolist(), strict=True):
-            part = s[n * size : (n + 1) * size].T
+            part = by_block[n]
             for t in np.flatnonzero(kinds[span.t0 : span.t1, block] != 2).tolist():
                 rows = self._each_head(np.arange(t * size, (t + 1) * size), span)
                 if kinds[span.t0 + t, block] == 0:
@@ -743,32 +740,22 @@ class Head:
         few = min(-(-k // self.size) + 1, len(blocks))
         first = np.unique(np.argpartition(-bound, few - 1, axis=-1)[:, :few])
         s, _ = self._all_scores(span, blocks[first])
-        reached = kth_largest(s.T.copy(), k)
+        reached = kth_largest(s, k)
         at = np.tile(np.arange(len(span.i)), self.g)
         real = (at >= span.real.start) & (at < span.real.stop)
         return blocks[(bound >= reached[:, None])[real].any(axis=0)]
 
-    def _pick(self, span: Span, rows: Array, keys: Array, scores: Array) -> None:
-        """Add keys of rows, which ascend, to their sums."""
-        count = np.bincount(rows, minlength=len(span.q))
-        width, acc = int(count.max(initial=0)), span.q.dtype
-        if not width:
-            return
-        starts = np.cumsum(count) - count
-        at = rows * width + np.arange(len(rows)) - starts[rows]
-        p = np.full(len(span.q) * width, -math.inf, acc)
-        j = np.zeros(len(p), np.int64)
-        p[at], j[at] = scores, keys
-        p = p.reshape(-1, width)
+    def _pick(self, span: Span, keys: Array, s: Array) -> None:
+        """Add to the sums of each row its `keys` ``(R, m)``, whose scores `s` it uses up."""
         if span.m is not None:
-            self._lift(span, slice(0, len(p)), np.max(p, axis=-1, keepdims=True))
-        p = self._exp(p, span.m)
-        j = j.reshape(p.shape)
+            top = np.max(s, axis=-1, keepdims=True, initial=-math.inf)
+            self._lift(span, slice(0, len(s)), top)
+        p = self._exp(s, span.m)
         dv = self.v.shape[1]
-        step = max(1, (1 << 16) // (width * dv))
+        step = max(1, PICKED // max(1, keys.shape[1] * dv))
         for a in range(0, len(p), step):
-            here = j[a : a + step]
-            v = loops.work_space("picked", (*here.shape, dv), acc)
+            here = keys[a : a + step]
+            v = loops.work_space("picked", (*here.shape, dv), p.dtype)
             np.take(self.v, here, axis=0, out=v, mode="clip")
             span.sums[a : a + step] += np.matmul(p[a : a + step, None, :], v)[:, 0]
         span.total[...] += loops.row_sums(p, xp=np)

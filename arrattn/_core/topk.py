@@ -1,4 +1,4 @@
-"""The best of each row, for NumPy: a threshold from groups first, then the few above it."""
+"""The best of each row, for NumPy: a bound from groups first, then the few that reach it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arrattn._core import loops
 from arrattn._core.typing import Array
 
 #: The most numbers of one group.
@@ -18,21 +19,18 @@ LISTS = (512, 256, 128, 64)
 
 class Best(NamedTuple):
     """
-    Some of each row, in order, among them the best.
+    The best of each row, in order.
 
     Attributes
     ----------
     scores : array, shape (R, m)
-        Their scores.
+        Their scores, to be written on; ``-inf`` where there are fewer.
     columns : array of int, shape (R, m)
-        Where they stood, ascending; 0 in what only fills up the row.
-    chosen : array of bool, shape (R, m)
-        Which are the best.
+        Where they stood, ascending.
     """
 
     scores: Array
     columns: Array
-    chosen: Array
 
 
 def kth_largest(s: Array, k: int) -> Array:
@@ -69,60 +67,56 @@ def best_of(s: Array, k: int) -> Best:
     a bound: none that is lower can be among the best.
     """
     n, m = s.shape
-    width = min(m // (2 * k), WIDEST) if k else 0
+    width = min(m // (4 * k), WIDEST) if k else 0
+    every = np.broadcast_to(np.arange(m), s.shape)
     if width < 2:
-        return _all(s, k)
-    many = m // width
-    # Neighbours in memory are what maxima are quickly taken of.
-    turned = not s.flags.c_contiguous and s.T.flags.c_contiguous
-    if turned:
-        tops = s.T[: width * many].reshape(width, many, n).max(axis=0).T
-    else:
-        tops = s[:, : width * many].reshape(n, width, many).max(axis=1)
-    tops = np.concatenate([tops, s[:, width * many :]], axis=1)
+        return _highest(s, every, k)
+    grouped = s[:, : m - m % width].reshape(n, width, -1)  # neighbours are in different groups
+    tops = np.concatenate([grouped.max(axis=1), s[:, m - m % width :]], axis=1)
     if np.isnan(tops).any():
-        return _all(s, k)
-    at = tops.shape[1] - k
-    tops.partition(at, axis=-1)
-    bound = np.maximum(tops[:, at], np.finfo(s.dtype).min)
-    if turned:
-        flat = np.flatnonzero(np.greater_equal(s.T, bound))
-        found, columns, rows = s.T.reshape(-1)[flat], *np.divmod(flat, n)
-        order = np.argsort(rows.astype(np.int16 if n < 1 << 15 else rows.dtype), kind="stable")
-        found, columns, rows = found[order], columns[order], rows[order]
-    else:
-        flat = np.flatnonzero(s >= bound[:, None])
-        found, rows, columns = s.reshape(-1)[flat], *np.divmod(flat, m)
-    count = np.bincount(rows, minlength=n)
-    widest, ends = int(count.max(initial=0)), np.cumsum(count)
-    place = np.arange(len(flat)) + np.repeat(np.arange(n) * widest - (ends - count), count)
-    scores, at_column = np.full(n * widest, -math.inf, s.dtype), np.zeros(n * widest, np.int64)
-    scores[place], at_column[place] = found, columns
-    scores = scores.reshape(n, widest)
-    return Best(scores, at_column.reshape(n, widest), _highest(scores, k))
+        return _highest(s, every, k)
+    bound = np.maximum(kth_largest(tops, k), np.finfo(s.dtype).min)
+    above = np.greater_equal(s, bound[:, None], out=loops.work_space("above", s.shape, bool))
+    flat = true_of(above.reshape(-1))
+    starts = np.arange(n)[:, None] * m
+    edges = np.searchsorted(flat, np.arange(n + 1) * m)
+    count = np.diff(edges)[:, None]
+    there = np.arange(count.max()) < count
+    at = np.where(there, 0, starts)
+    at[there] = flat
+    scores = np.where(there, s.reshape(-1)[at], -math.inf)
+    return _highest(scores, at - starts, k)
 
 
-def _all(s: Array, k: int) -> Best:
-    s = np.ascontiguousarray(s)
-    return Best(s, np.broadcast_to(np.arange(s.shape[1]), s.shape), _highest(s, k))
+def true_of(flags: Array) -> Array:
+    """
+    ``np.flatnonzero`` of contiguous booleans.
+
+    Where few of many are True it takes several times as long to find each: then eight at a time
+    are looked at as one number, and only those that are not 0 one by one.
+    """
+    if len(flags) % 8 or np.count_nonzero(flags) >= len(flags) / 10:
+        return np.flatnonzero(flags)
+    eights = flags.view(np.uint64)
+    at = true_of(eights != 0)
+    within = np.flatnonzero(eights[at].view(bool))
+    return at[within >> 3] * 8 + (within & 7)
 
 
-def _highest(s: Array, k: int) -> Array:
-    """Which are the `k` highest of each row."""
-    real = s != -math.inf
-    m = s.shape[1]
+def _highest(s: Array, columns: Array, k: int) -> Best:
+    """The `k` highest of each row, which stand in these columns."""
+    n, m = s.shape
     if k >= m:
-        return real
+        return Best(s.copy(), columns)
     if k == 0:
-        return np.zeros(s.shape, bool)
-    if np.isnan(s).any():
-        s = np.where(np.isnan(s), math.inf, s)
-    threshold = np.partition(s, m - k, axis=-1)[:, m - k : m - k + 1]
-    chosen = (s >= threshold) & real
-    crowded = np.flatnonzero(np.count_nonzero(chosen, axis=-1) > k)
-    if len(crowded):
-        above = s[crowded] > threshold[crowded]
-        tied = chosen[crowded] & ~above
+        return Best(s[:, :0], columns[:, :0])
+    ranked = np.where(np.isnan(s), math.inf, s) if np.isnan(s).any() else s
+    threshold = np.sort(ranked, axis=-1)[:, m - k : m - k + 1]
+    chosen = ranked >= threshold
+    if np.count_nonzero(chosen) > n * k:
+        above = ranked > threshold
+        tied = chosen & ~above
         room = k - np.count_nonzero(above, axis=-1, keepdims=True)
-        chosen[crowded] = above | (tied & (np.cumsum(tied, axis=-1) <= room))
-    return chosen
+        chosen = above | (tied & (np.cumsum(tied, axis=-1) <= room))
+    at = np.flatnonzero(chosen).reshape(n, k)
+    return Best(s.reshape(-1)[at], columns.reshape(-1)[at])
