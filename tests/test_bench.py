@@ -109,6 +109,25 @@ def test_blas_is_held_to_one_thread_and_given_back() -> None:
     assert product.blas()
 
 
+@pytest.mark.parametrize(
+    ("found", "name", "said"),
+    [
+        (["AVX2", "X86_V4"], "openblas 0.3.31 Haswell", True),
+        (["AVX512_SKX"], "openblas 0.3.31 Zen", True),
+        (["AVX512_SKX"], "openblas 0.3.31 SkylakeX", False),
+        (["AVX2", "X86_V3"], "openblas 0.3.31 Haswell", False),
+        (["AVX512_SKX"], "accelerate", False),
+    ],
+)
+def test_it_is_said_where_blas_leaves_instructions_unused(
+    found: list[str], name: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np, "show_config", lambda mode: {"SIMD Extensions": {"found": found}})
+    monkeypatch.setattr(report, "blas", lambda: name)
+    lines = report.notes([], [], peers=True, product=SMALL)
+    assert any("OPENBLAS_CORETYPE" in line for line in lines) is said
+
+
 def test_threads_are_the_same_for_all_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("ARRATTN_NUM_THREADS", "1")

@@ -17,7 +17,7 @@ from arrattn._core.loops import num_threads
 from arrattn.bench.contestant import Contestant
 from arrattn.bench.rounds import Clock
 
-__all__ = ["Product", "blas", "find_product", "one_blas_thread", "product_contestant"]
+__all__ = ["Product", "blas", "find_product", "narrow", "one_blas_thread", "product_contestant"]
 
 # Rows, inner and columns of one product: an attention's tiles, and squares. With a number before
 # them, so many products in one call: small ones, which some BLAS does from where operands lie.
@@ -93,6 +93,27 @@ def blas() -> str:
             return " ".join(str(part) for part in parts if part)
     named = np.show_config(mode="dicts")
     return str(named["Build Dependencies"]["blas"]["name"])
+
+
+def narrow(name: str) -> bool:
+    """
+    Say whether OpenBLAS leaves a processor's widest instructions unused.
+
+    It goes by the processors that it knows; of a newer one it takes what an older one can.
+
+    Parameters
+    ----------
+    name : str
+        What `blas` gives.
+
+    Returns
+    -------
+    bool
+        True for kernels of AVX2 on a processor that NumPy sees AVX-512 on.
+    """
+    simd: dict[str, Any] = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    wide = any(x.startswith(("AVX512", "X86_V4")) for x in simd.get("found", []))
+    return wide and name.startswith("openblas") and name.endswith((" Haswell", " Zen"))
 
 
 def find_product(clock: Clock = time.perf_counter) -> Product:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from arrattn.bench.cases import Limit
 from arrattn.bench.contest import LeftOut, Result
-from arrattn.bench.product import Product
+from arrattn.bench.product import Product, blas, narrow
 from arrattn.bench.speed_record import unit_of, versions
 
 __all__ = ["HEAD", "markdown", "notes", "rows", "show", "told"]
@@ -182,6 +182,11 @@ def notes(
     judged = [result.met for result in results if result.met is not None]
     if judged:
         said.append(f"targets met: {sum(judged)} of {len(judged)}")
+    if narrow(blas()):
+        said.append(
+            "NumPy's OpenBLAS leaves this processor's AVX-512 unused: where it does not know one, "
+            "OPENBLAS_CORETYPE=SkylakeX in the environment says which kernels to take"
+        )
     named = [f"{name} {version}" for name, version in versions().items() if version]
     return [*said, f"{', '.join(named)}; {product.threads} threads, {os.cpu_count()} processors"]
 
