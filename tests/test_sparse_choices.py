@@ -118,6 +118,8 @@ def test_scores_of_blocks_may_be_given_in_any_shape(
     q, (k, v) = rng.normal(size=(4, 13, 4)), rng.normal(size=(2, 2, 24, 4))
     given = rng.integers(-9, 9, (heads, rows, 6)).astype(float)
     options = {"block_scores": given, "per": per, "block_size": 4, "top_k": 2, "select": "blocks"}
+    # Not all who choose together may choose a block.
+    options["mask"] = rng.random((4, 13, 24)) < 0.3
     for attend in (sparse_attention, in_rows(4)):
         agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
 
