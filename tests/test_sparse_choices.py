@@ -131,6 +131,19 @@ def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.nda
     return named if size is None else np.repeat(named, size, axis=-1)[..., :nk]
 
 
+@pytest.mark.parametrize("route", [None, 3])
+@pytest.mark.parametrize("offset", [0, 3, 9])
+def test_a_selection_of_queries_that_do_not_fill_their_blocks(
+    route: int | None, offset: int
+) -> None:
+    rng = np.random.default_rng(15)
+    q, (k, v) = rng.normal(size=(2, 13, 4)), rng.normal(size=(2, 1, 24, 4))
+    options = {"block_size": 4, "top_k": 5, "route": route, "q_offset": offset}
+    _, found = sparse_attention(q, k, v, return_selection=True, **options)
+    _, expected = reference.sparse_attention(q, k, v, return_selection=True, **options)
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("select", ["keys", "blocks"])
 @pytest.mark.parametrize("score", ["mean", "bound", "best"])
 def test_a_selection_is_of_what_is_visible_elsewhere(select: str, score: str) -> None:
