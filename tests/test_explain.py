@@ -253,6 +253,14 @@ def test_a_band_is_named_whatever_is_seen_beside_it(pattern: Pattern) -> None:
     assert "32 queries at a time" in explain(attention, x, x, x, pattern=pattern).steps[1]
 
 
+@pytest.mark.parametrize(("nq", "window"), [(60, 20), (600, 160)])
+def test_few_queries_and_windows_of_most_keys_take_no_band(nq: int, window: int) -> None:
+    q, k = np.zeros((4, nq, 16), np.float32), np.zeros((4, 600, 16), np.float32)
+    why = explain(attention, q, k, k, pattern=Window(window, window))
+    assert "jobs of some queries" in why.steps[0]
+    assert not any("whole band" in step for step in why.steps)
+
+
 DECAY = np.full((2, 300), -0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -162,7 +163,9 @@ def test_the_program_does_not_grow_with_the_length(family: str) -> None:
     def lines(n: int) -> int:
         like = jax.ShapeDtypeStruct((1, n, 8), jnp.float32)
         make = jax.make_jaxpr(lambda *a: FAMILIES[family](*a, is_causal=True))
-        return str(make(like, like, like)).count("\n")
+        program = str(make(like, like, like))
+        assert not re.search(r":f64\[\d", program)  # nothing is held in a wider dtype
+        return program.count("\n")
 
     # Sixteen times the tokens: a loop that is unrolled would be sixteen times as long.
     assert lines(16 * 1024) <= 1.5 * lines(1024)

@@ -118,6 +118,8 @@ def test_scores_of_blocks_may_be_given_in_any_shape(
     q, (k, v) = rng.normal(size=(4, 13, 4)), rng.normal(size=(2, 2, 24, 4))
     given = rng.integers(-9, 9, (heads, rows, 6)).astype(float)
     options = {"block_scores": given, "per": per, "block_size": 4, "top_k": 2, "select": "blocks"}
+    # Not all who choose together may choose a block.
+    options["mask"] = rng.random((4, 13, 24)) < 0.3
     for attend in (sparse_attention, in_rows(4)):
         agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
 
@@ -127,6 +129,19 @@ def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.nda
     n = nk if size is None else -(-nk // size)
     named = (selection[..., None] == np.arange(n)).any(-2)
     return named if size is None else np.repeat(named, size, axis=-1)[..., :nk]
+
+
+@pytest.mark.parametrize("route", [None, 3])
+@pytest.mark.parametrize("offset", [0, 3, 9])
+def test_a_selection_of_queries_that_do_not_fill_their_blocks(
+    route: int | None, offset: int
+) -> None:
+    rng = np.random.default_rng(15)
+    q, (k, v) = rng.normal(size=(2, 13, 4)), rng.normal(size=(2, 1, 24, 4))
+    options = {"block_size": 4, "top_k": 5, "route": route, "q_offset": offset}
+    _, found = sparse_attention(q, k, v, return_selection=True, **options)
+    _, expected = reference.sparse_attention(q, k, v, return_selection=True, **options)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("select", ["keys", "blocks"])

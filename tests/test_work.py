@@ -56,10 +56,13 @@ class Work:
     taken: int = 0
     lowest: float = 0.0  # exponent
     stable: set[str] = field(default_factory=set)  # dtypes that were sorted in order
-    wide: set[str] = field(default_factory=set)  # functions that made float64
+    wide: set[str] = field(default_factory=set)  # functions that made or took float64
 
 
-MAKERS = ("empty", "zeros", "ones", "full", "matmul", "exp2", "exp", "log", "divide", "multiply")
+MAKERS = (
+    *("empty", "zeros", "ones", "full"),
+    *("matmul", "exp2", "exp", "log", "divide", "multiply", "partition"),
+)
 
 
 @contextmanager
@@ -80,7 +83,8 @@ def counted() -> Iterator[Work]:
                 work.exps += result.size
             elif name == "take":
                 work.taken += result.size
-            if name in (*MAKERS, "work_space") and result.dtype == np.float64 and result.ndim:
+            held = (x for x in (result, *args) if isinstance(x, np.ndarray) and x.ndim)
+            if name in (*MAKERS, "work_space") and any(x.dtype == np.float64 for x in held):
                 work.wide.add(name)
             return result
 
@@ -343,6 +347,7 @@ WIDTHS: dict[str, Callable[..., Any]] = CALLS | {
     "by tiles": partial(sparse_attention, block_size=32, top_k=3, softcap=9.0),
     "linear": linear_attention,
     "linear causal": partial(linear_attention, is_causal=True),
+    "linear of second order": partial(linear_attention, feature_map=feature_maps.taylor2),
     "linear sums": partial(linear_attention, is_causal=True, normalize=False),
     "decay": partial(
         linear_attention, is_causal=True, log_decay=np.full((1, 600), -0.1, np.float32)
@@ -356,6 +361,19 @@ WIDTHS: dict[str, Callable[..., Any]] = CALLS | {
 def test_nothing_is_held_in_a_wider_dtype(name: str, times: float) -> None:
     q, k, v = qkv(600)
     assert done(WIDTHS[name], q * np.float32(times), k, v).wide == set()
+
+
+def test_blocks_are_scored_by_all_heads_of_a_group_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    was = routing.group_matmul
+
+    def group_matmul(q: Any, *args: Any, **options: Any) -> Any:
+        rows.append(q.shape[-3])
+        return was(q, *args, **options)
+
+    monkeypatch.setattr(routing, "group_matmul", group_matmul)
+    sparse_attention(*qkv(600, g=3), block_size=32, top_k=3, softcap=9.0)
+    assert set(rows) == {3}
 
 
 def test_few_blocks_and_rows_are_sorted_as_short_numbers() -> None:
@@ -546,3 +564,17 @@ def test_calm_tokens_are_all_streamed(
         q, k, v = qkv(n, m)
         linear_attention(q / 4, k / 4, v, is_causal=causal, feature_map=MAPS[name])
         assert found.pop() == (n, m)
+
+
+def test_blocks_of_dask_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    da = pytest.importorskip("dask.array")
+    found: list[tuple[int, int]] = []
+    was = streams.run
+
+    def run(*args: Any) -> Any:
+        found.append((result := was(*args))[:2])
+        return result
+
+    monkeypatch.setattr(streams, "run", run)
+    linear_attention(*map(da.from_array, qkv(300)), is_causal=True).compute()
+    assert found == [(300, 300)]

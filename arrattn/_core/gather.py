@@ -233,7 +233,7 @@ class Rows:
         np.divide(self.o, self.l, out=out)
         np.log(self.l, out=lse)
         if self.m is not None:
-            lse += np.where(none, 0, self.m) * (1 / LOG2E)
+            lse += self.m * (1 / LOG2E)
         if some:
             lse[none] = -math.inf
 

@@ -572,12 +572,9 @@ def _runs_beside(
     return beside
 
 
-def _band_rows(band: tuple[int | None, int | None], g: int, nq: int, nk: int) -> int | None:
+def _band_rows(band: tuple[int, int], g: int, nq: int, nk: int) -> int | None:
     """Rows of a tile whose keys, a band, are all computed at once; None where they are not."""
-    lo, hi = band
-    if lo is None or hi is None or hi <= lo:
-        return None
-    width = hi - lo
+    width = band[1] - band[0]
     fitting = [n for n in BAND_ROWS if g * n * (n + width - 1) <= BUDGET // 2]
     if not fitting or nq < 2 * fitting[0] or nk < 2 * width:
         return None

@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         Where the visited key tiles of each query tile begin, padded with -1.
         """
         visited = self.kinds != EMPTY
-        most = max(int(visited.sum(-1).max(initial=0)), 1)
+        most = int(visited.sum(-1).max(initial=1))
         order = np.argsort(~visited, axis=-1, kind="stable")[:, :most]
         starts = np.where(np.take_along_axis(visited, order, -1), self.starts[1][order], -1)
         return starts.astype(np.int32)

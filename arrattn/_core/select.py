@@ -195,7 +195,7 @@ def _choose_keys(
 ) -> tuple[Array, tuple[Array, ...]]:
     """Which of the keys `j` that are `free` are chosen, and the selection if it is asked for."""
     xp, nk = call.xp, call.lengths[1]
-    shape = np.broadcast_shapes(tuple(s.shape), tuple(free.shape), call.batch + (1,) * 4)
+    shape = np.broadcast_shapes(tuple(s.shape), call.batch + (1,) * 4)
     summed, any_free = routing.together(xp.broadcast_to(s, shape), free, choice, xp=xp)
     chosen = routing.top_mask(summed, any_free, choice.top_k, xp=xp)
     every = routing.each(chosen, choice, shape, xp=xp) & free

@@ -768,7 +768,7 @@ def _square(x: Array) -> float:
 
 def _largest(x: Array) -> float:
     """The largest absolute value; NaN where there is one."""
-    return float(np.maximum(np.max(x, initial=0), -np.min(x, initial=0)))
+    return float(np.maximum(np.max(x), -np.min(x)))
 
 
 def _blocks(x: Array, size: int) -> Array:
