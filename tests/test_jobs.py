@@ -437,6 +437,51 @@ def test_heads_that_a_job_does_at_once_have_the_bits_of_each_alone(
             np.testing.assert_array_equal(lse[at], l)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_arrays_that_lie_otherwise_have_the_same_bits_for_any_number_of_threads(
+    axis: int, dtype: str
+) -> None:
+    rng = np.random.default_rng(3)
+    arrays = [
+        np.moveaxis(np.moveaxis(rng.standard_normal((12, 160, d)), axis, -1).copy(), -1, axis)
+        for d in (8, 8, 5)
+    ]
+    q, k, v = (x.astype(dtype) for x in arrays)
+    ids = np.arange(160) // 8 % 5
+    beside = Window(5, 5) | Segments(ids, ids)
+    for options in ({}, {"is_causal": True}, {"window": (9, 2)}, {"pattern": beside}):
+        results = []
+        for n in (1, 3, 12):
+            with set_num_threads(n):
+                results.append(attention(q, k, v, **options, return_lse=True))
+        for out, lse in results[1:]:
+            np.testing.assert_array_equal(out, results[0][0])
+            np.testing.assert_array_equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("heads", "n", "m", "d", "threads", "together"),
+    [
+        (12, 256, 256, 64, 1, 4),  # as many tiles as fill the work space
+        (12, 256, 256, 64, 2, 3),
+        (8, 360, 360, 64, 3, 1),  # two at once would leave a thread with four heads to do
+        (64, 2048, 4, 128, 1, 4),  # few keys, but as many queries: tiles of 512
+        (64, 20, 2000, 64, 1, 2),  # few queries, but as many keys
+    ],
+)
+def test_so_many_heads_are_done_at_once(
+    heads: int, n: int, m: int, d: int, threads: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Counter[int]()
+    monkeypatch.setattr(jobs.Head, "run", lambda self, _: seen.update([self.call.heads[0]]))
+    rng = np.random.default_rng(0)
+    shapes = (heads, n, d), (heads, m, d), (heads, m, d)
+    with set_num_threads(threads):
+        attention(*(rng.standard_normal(x, dtype=np.float32) for x in shapes))
+    assert max(seen) == together
+
+
 def test_heads_are_small_up_to_so_many_pairs_and_keys() -> None:
     for n, m, small in ((64, 64, True), (65, 64, False), (1, 512, True), (1, 513, False)):
         call = read_softmax("attention", *standard_normal(n, m))

@@ -71,7 +71,7 @@ class Look(NamedTuple):
 
 def reach(k: Array, v: Array, acc: DType) -> Array:
     """
-    The norm of each key, ``(Nk,)``; inf or NaN where it or its value is not to be gathered.
+    The norm of each key, ``(..., Nk)``; inf or NaN where it or its value is not to be gathered.
 
     Those are the keys and values that are not finite, too large or too small.
     """

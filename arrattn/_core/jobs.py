@@ -1,5 +1,5 @@
 """
-The schedule for NumPy: jobs of (item, head, queries) on a pool of threads.
+The schedule for NumPy: jobs of (item, heads, queries) on a pool of threads.
 
 A pass over a tile of scores costs NumPy about a tenth of the tile's products, so the fold
 is done here with as few passes as can be, in memory that each thread keeps: see `gather`.
@@ -149,12 +149,12 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         # Where they take little time, norms are computed before there are threads to wait for.
         reach = gather.reach(item.k, item.v, call.acc) if item.k.size <= BUDGET else None
         whole = Head(item, out[b], lse[b], reach)
-        heads: dict[int, list[Head]] = {}
-        for strip in plan.strips:
-            many = _heads_at_once(item, strip, math.prod(call.batch) * len(plan.strips))
-            if many not in heads:
-                heads[many] = whole.cut(many)
-            jobs += [(many * strip.cost, partial(head.run, strip)) for head in heads[many]]
+        sizes = _heads_at_once(item, plan, math.prod(call.batch))
+        alone = whole.cut(1) if len(set(sizes)) > 1 else None
+        heads = {many: whole.cut(many, alone) for many in set(sizes)}
+        for strip, many in zip(plan.strips, sizes, strict=True):
+            for head in heads[many]:
+                jobs.append((head.call.heads[0] * strip.cost, partial(head.run, strip)))
     loops.run_jobs(_bundled(jobs), small=small)
     for one in together:
         one.finish()
@@ -327,7 +327,7 @@ def at_once(q: Array, k: Array, v: Array) -> Array | None:
 _EXACT = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-# -- One item, one head -----------------------------------------------------------------------
+# -- One item, and its heads ------------------------------------------------------------------
 
 
 def batch_item(call: SoftmaxInputs, b: tuple[int, ...]) -> SoftmaxInputs:
@@ -607,19 +607,30 @@ def _cut_band(
     yield from edge(first + alike * rows, stop)
 
 
-def _heads_at_once(item: SoftmaxInputs, strip: Strip, alike: int) -> int:
+def _heads_at_once(item: SoftmaxInputs, plan: Cut, items: int) -> list[int]:
     """
-    How many key heads a job does of a strip, of which there are so many `alike` for each head.
+    How many key heads of an item a job has, for each strip.
 
     Small tiles of several heads fill the work space together: fewer calls of NumPy, and fewer
-    turns at the interpreter.
+    turns at the interpreter. There are no more than leave every thread as much to do.
     """
-    hkv, rows = item.heads[0], item.heads[1] * strip.rows
+    (hkv, g), strips = item.heads, plan.strips
     plain = item.bias is item.softcap is item.sinks is None
-    if strip.tiles > 1 or rows <= few.ROWS or not plain or _differs_by_head(item.pattern):
-        return 1
-    fit = BUDGET // (rows * max((run.j1 - run.j0 for run in strip.runs), default=1))
-    return max(1, min(fit, alike * hkv // loops.num_threads(), hkv))
+    if not plain or _differs_by_head(item.pattern):
+        return [1] * len(strips)
+    width = max(item.q.shape[-1], item.v.shape[-1])
+    jobs, threads = items * hkv * len(strips), loops.num_threads()
+
+    def fit(strip: Strip) -> int:
+        rows, keys = g * strip.rows, max((run.j1 - run.j0 for run in strip.runs), default=1)
+        if strip.tiles > 1 or rows <= few.ROWS:
+            return 1
+        most = min(hkv, BUDGET // max(rows * keys, rows * width, keys * width, 1))
+        # Of `n` heads each, ``jobs / n`` are shared out among the threads.
+        best = -(-jobs // threads)
+        return max(n for n in range(1, max(most, 1) + 1) if n * -(-jobs // (n * threads)) <= best)
+
+    return [fit(strip) for strip in strips]
 
 
 def _differs_by_head(pattern: Pattern | None) -> bool:
@@ -646,12 +657,19 @@ class Head:
         Where the results go.
     reach : array, shape (Hkv, Nk), optional
         `gather.reach` of the keys, where it is known.
+    alone : list of Head, optional
+        Each of several heads by itself, where that exists: it shares what it computes.
     """
 
     def __init__(
-        self, call: SoftmaxInputs, out: Array, lse: Array, reach: Array | None = None
+        self,
+        call: SoftmaxInputs,
+        out: Array,
+        lse: Array,
+        reach: Array | None = None,
+        alone: list[Head] | None = None,
     ) -> None:
-        self.call, self.out, self.lse = call, out, lse
+        self.call, self.out, self.lse, self.alone = call, out, lse, alone
         self.lock = threading.Lock()
         self._reach = reach
         # Softcap and bias change scores after the product, and bounds on them with it.
@@ -660,25 +678,22 @@ class Head:
     def reach(self) -> Array:
         """`gather.reach` of the keys, ``(Hkv, Nk)``, computed by the first job that asks."""
         with self.lock:
-            if self._reach is None:
+            if self._reach is None and self.alone is not None:
+                self._reach = np.concatenate([head.reach() for head in self.alone])
+            elif self._reach is None:
                 self._reach = gather.reach(self.call.k, self.call.v, self.call.acc)
             return self._reach
 
-    def cut(self, many: int) -> list[Head]:
-        """These heads, so `many` at a time."""
-        hkv, reach = self.call.heads[0], self._reach
-        if many >= hkv:
-            return [self]
-        starts = range(0, hkv, many)
-        return [
-            Head(
-                head_item(self.call, h, many),
-                self.out[h : h + many],
-                self.lse[h : h + many],
-                None if reach is None else reach[h : h + many],
-            )
-            for h in starts
-        ]
+    def cut(self, many: int, alone: list[Head] | None = None) -> list[Head]:
+        """These heads, so `many` at a time; those that are `alone` as they are."""
+        if many == 1 and alone is not None:
+            return alone
+        parts = []
+        for h in range(0, self.call.heads[0], many):
+            arrays = self.out, self.lse, self._reach, alone
+            own = (None if x is None else x[h : h + many] for x in arrays)
+            parts.append(Head(head_item(self.call, h, many), *own))
+        return parts
 
     def run(self, strip: Strip) -> None:
         """Compute the rows of a strip."""
@@ -715,7 +730,7 @@ class Head:
         rows = gather.Rows(q, call.scale, call.v.shape[-1], call.acc)
         if len(reach) > 1 and not all((span <= rows.limit).all() for span in spans):
             # What one head needs is no business of the others.
-            for head in self.cut(1):
+            for head in self.cut(1, self.alone):
                 head.run(strip)
             return
         rows.choose([self._common(strip, *pair) for pair in zip(strip.runs, spans, strict=True)])
@@ -757,7 +772,9 @@ class Head:
     def _keys(self, strip: Strip, run: Run, *, transposed: bool) -> tuple[Array, Array]:
         """Keys (count, m, D), or transposed, and values (count, m, Dv) of a run."""
         call, m = self.call, run.j1 - run.j0
-        k, v = (enter(call, _of_run(x, strip, run)) for x in (call.k, call.v))
+        k, v = (_of_run(x, strip, run) for x in (call.k, call.v))
+        # A copy lies as that of one head would.
+        k, v = (x if x.dtype == call.acc else x.astype(call.acc, order="C") for x in (k, v))
         if not transposed:
             return _overlapping(k, strip, m), _overlapping(v, strip, m)
         h, n, d = k.shape
@@ -835,7 +852,8 @@ def _tiles_of(x: Array, strip: Strip) -> Array:
 def _of_run(x: Array, strip: Strip, run: Run) -> Array:
     """Keys ``(Hkv, Nk, ...)`` of a run, for all tiles together."""
     if run.parts:
-        return np.concatenate([x[:, j0:j1] for j0, j1 in run.parts], axis=1)
+        parts = [x[:, j0:j1] for j0, j1 in run.parts]
+        return np.ascontiguousarray(np.concatenate(parts, axis=1))
     j0, j1 = strip.keys(run)
     return x[:, j0:j1]
 
@@ -849,7 +867,7 @@ def _overlapping(x: Array, strip: Strip, m: int) -> Array:
 
 
 def _windows(x: Array, strip: Strip, run: Run) -> Array:
-    """What ``x (Hkv, Nk)`` holds for the keys of a run, ``(count, m)`` or ``(1, m)``."""
+    """What ``x (Hkv, Nk)`` holds for the keys of a run, ``(count, m)`` or ``(Hkv, m)``."""
     if strip.tiles == 1 or not run.moves:
         return _of_run(x, strip, run)
     step = x.strides[1]

@@ -111,7 +111,7 @@ def narrow(name: str) -> bool:
     bool
         True for kernels of AVX2 on a processor that NumPy sees AVX-512 on.
     """
-    simd: dict[str, Any] = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    simd: Any = np.show_config(mode="dicts").get("SIMD Extensions", {})
     wide = any(x.startswith(("AVX512", "X86_V4")) for x in simd.get("found", []))
     return wide and name.startswith("openblas") and name.endswith((" Haswell", " Zen"))
 
