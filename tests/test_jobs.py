@@ -482,6 +482,22 @@ def test_so_many_heads_are_done_at_once(
     assert max(seen) == together
 
 
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_thread_reads_keys_for_a_few_queries(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    was = loops.run_jobs
+    monkeypatch.setattr(
+        loops, "run_jobs", lambda x, **how: (given.append(len(x)), was(x, **how))[1]
+    )
+    rng = np.random.default_rng(0)
+    shapes = (8, 8, 1, 8), (8, 2, 4096, 8), (8, 2, 4096, 8)
+    with set_num_threads(threads):
+        attention(*(rng.standard_normal(x, dtype=np.float32) for x in shapes))
+    assert given == [threads]
+
+
 def test_heads_are_small_up_to_so_many_pairs_and_keys() -> None:
     for n, m, small in ((64, 64, True), (65, 64, False), (1, 512, True), (1, 513, False)):
         call = read_softmax("attention", *standard_normal(n, m))

@@ -52,7 +52,7 @@ class Few:
         self.boxes: list[tuple[tuple[Any, ...], list[State | None]]] = []
 
     def jobs(self) -> Iterator[tuple[int, Callable[[], None]]]:
-        """What is to be run, in any order, each with how much it reads."""
+        """What is to be run, in any order, each with its cost: reading keys is that of `ROWS`."""
         (hkv, g), (nq, _), threads = self.call.heads, self.call.lengths, loops.num_threads()
         longest = max((j1 - j0 for j0, j1 in self.parts), default=1)
         each = -(-math.prod(self.call.batch) * hkv * len(self.parts) // threads)
@@ -64,7 +64,7 @@ class Few:
             self.boxes.append((at, states))
             for n, (j0, j1) in enumerate(self.parts):
                 part = (x[..., j0:j1, :] for x in (k, v))
-                yield lanes * (j1 - j0), partial(self._run, states, n, q, *part)
+                yield ROWS * lanes * (j1 - j0), partial(self._run, states, n, q, *part)
 
     def _run(self, states: list[State | None], n: int, q: Array, k: Array, v: Array) -> None:
         call = self.call
