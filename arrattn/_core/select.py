@@ -269,7 +269,13 @@ def _routed_tile(
 
     q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (math.prod(shape), q.shape[-1]))
     s = _block_scores(q, keys.k, grouping, n, finite, xp=xp)
-    s = fold.adjust(call, xp.reshape(s, j.shape), pairs, scale=call.scale)
+    s = xp.reshape(s, j.shape)
+    lost = None if finite or call.softcap is None else xp.isnan(s)
+    if lost is not None:  # the slope of tanh would take a NaN of a hidden key to gradients
+        s = xp.where(lost, xp.zeros_like(s), s)
+    s = fold.adjust(call, s, pairs, scale=call.scale)
+    if lost is not None:
+        s = xp.where(lost, xp.full_like(s, math.nan), s)
     own = xp.reshape(xp.arange(n * size, device=call.device) < size, (1, n * size))
     seen = visible & own
     if n > 1:
