@@ -90,7 +90,7 @@ def read_sparse(
     )
     reasons = Reasons("sparse_attention")
     reasons.arrays = {"q": q, "k": k, "v": v}
-    beside = always if isinstance(always, Pattern) else None
+    beside = always.bound(nk) if isinstance(always, Pattern) else None
     if beside is not None:
         reasons.values([f"always: {text}" for text in beside.problems(nq, nk, call.batch)])
     scores = _read_block_scores(block_scores, call, choice, reasons)
