@@ -18,6 +18,7 @@ SOFTMAX: dict[str, Callable[..., Any]] = {
     "local": lambda *a, **o: local_attention(*a, **{"window": (3, 3), **o}),
     "sparse": sparse_attention,
     "sparse-exact": lambda *a, **o: sparse_attention(*a, route=None, **o),
+    "sparse-block": lambda *a, **o: sparse_attention(*a, select="blocks", per="block", **o),
 }
 ALL = {**SOFTMAX, "linear": linear_attention}
 families = pytest.mark.parametrize("family", ALL)

@@ -345,6 +345,15 @@ def test_sparse_options(options: dict[str, Any], kind: type[Exception], says: st
     refused(kind, says, by=lambda: sparse_attention(ONES, ONES, ONES, **options))
 
 
+def test_what_sparse_attention_chooses_by_is_named_with_all_else() -> None:
+    options = {"always": patterns.Prefix(np.ones(3, int)), "block_scores": [1.0], "top_k": -1}
+    refused(
+        TypeError,
+        *("top_k: ", "always: Prefix's n", "block_scores: expected an array"),
+        by=lambda: sparse_attention(ONES, ONES, ONES, **options),
+    )
+
+
 def state(s: tuple[int, ...], z: tuple[int, ...], dtype: Any = np.float64) -> LinearState:
     return LinearState(np.zeros(s, dtype), np.zeros(z, dtype))
 

@@ -143,12 +143,14 @@ def test_gradients_of_empty_rows_are_zero(family: str, library: str) -> None:
         assert grad[1].any()
 
 
-@pytest.mark.parametrize("family", ["dense", "local", "linear"])
+@families
 @pytest.mark.parametrize("library", ["torch", "jax"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_hidden_content_does_not_reach_gradients(family: str, library: str, value: float) -> None:
     (q, k, v), g = inputs(4)
-    options = {"kv_lengths": np.asarray([4, 11]), "is_causal": True}
+    options: dict[str, Any] = {"kv_lengths": np.asarray([4, 11]), "is_causal": True}
+    if family != "linear":  # its slope at a NaN is a NaN
+        options["softcap"] = 3.0
     take = torch_gradients if library == "torch" else jax_gradients
     clean = take(FAMILIES[family][0], (q, k, v), g, options)
     spoiled_k, spoiled_v = k.copy(), v.copy()

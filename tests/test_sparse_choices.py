@@ -124,6 +124,30 @@ def test_scores_of_blocks_may_be_given_in_any_shape(
         agrees(lane, attend, reference.sparse_attention, Case(q, k, v, options))
 
 
+@pytest.mark.lanes("numpy", "strict", "torch")
+@pytest.mark.parametrize("select", ["keys", "blocks"])
+def test_items_with_blocks_of_queries_of_their_own_may_have_scores_of_them(
+    lane: Lane, select: str
+) -> None:
+    # The queries of the first item lie in two blocks, those of the second in three.
+    rng = np.random.default_rng(15)
+    q, (k, v) = rng.normal(size=(2, 2, 6, 4)), rng.normal(size=(2, 2, 1, 24, 4))
+    given = rng.integers(-9, 9, (2, 2, 3, 6)).astype(float)
+    options = {"block_scores": given, "per": "block", "block_size": 4, "top_k": 2, "route": 2}
+    options |= {"select": select, "q_offset": np.asarray([0, 3])}
+    agrees(lane, sparse_attention, reference.sparse_attention, Case(q, k, v, options))
+
+
+def test_what_is_always_seen_may_depend_on_how_many_keys_there_are() -> None:
+    q, k, v = np.random.default_rng(16).normal(size=(3, 2, 24, 4))
+    how = {"block_size": 4, "top_k": 1}
+    got, expected = (
+        sparse_attention(q, k, v, always=patterns.Random(1, 0, size=4, keys=keys), **how)
+        for keys in (None, 24)
+    )
+    np.testing.assert_array_equal(got, expected)
+
+
 def masked(selection: np.ndarray[Any, Any], nk: int, size: int | None) -> np.ndarray[Any, Any]:
     """Which keys a selection names: of keys, or of blocks of `size`."""
     n = nk if size is None else -(-nk // size)

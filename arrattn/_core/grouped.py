@@ -154,4 +154,5 @@ def _shared_matmul(rows: Array, blocks: Array, at: Shared, *, per_row: int, xp: 
     chosen = xp.reshape(chosen, (units, n, *blocks.shape[1:]))
     rows = xp.reshape(rows, (units, at.rows, n // per_row, rows.shape[-1]))
     products = xp.matmul(xp.moveaxis(rows, 2, 1), chosen)  # (units, n, rows, m)
-    return xp.reshape(xp.moveaxis(products, 1, 2), (-1, products.shape[-1]))
+    products = xp.moveaxis(products, 1, 2)
+    return xp.reshape(products, (math.prod(products.shape[:-1]), products.shape[-1]))

@@ -29,7 +29,7 @@ from arrattn._core.grouped import Grouping, Shared, group, grouped_matmul, share
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import make_plan
 from arrattn._core.routing import Rows
-from arrattn._core.tiles import TilePairs, stack_tiles, take_rows, unstack_rows
+from arrattn._core.tiles import PickedPairs, TilePairs, stack_tiles, take_rows, unstack_rows
 from arrattn._core.typing import Array, Namespace
 
 #: Numbers that one worker may hold for the keys its rows look at.
@@ -269,7 +269,7 @@ def _routed_tile(
 
     q = xp.reshape(xp.broadcast_to(q, (*shape, q.shape[-1])), (math.prod(shape), q.shape[-1]))
     s = _block_scores(q, keys.k, grouping, n, finite, xp=xp)
-    s = fold.adjust(call, xp.reshape(s, j.shape), pairs, scale=call.scale)
+    s = _adjusted(call, xp.reshape(s, j.shape), pairs, finite)
     own = xp.reshape(xp.arange(n * size, device=call.device) < size, (1, n * size))
     seen = visible & own
     if n > 1:
@@ -299,6 +299,16 @@ def _block_scores(
         one = xp.ones((q.shape[0], 1), dtype=q.dtype, device=device)
         q = xp.concat([q, one], axis=-1)
     return grouped_matmul(q, xp.matrix_transpose(k), at, per_row=n, xp=xp)
+
+
+def _adjusted(call: SoftmaxInputs, s: Array, pairs: PickedPairs, finite: bool | None) -> Array:
+    """Scores with scale, softcap and bias; the slope of tanh at a hidden key's NaN is left out."""
+    xp = call.xp
+    if finite or call.softcap is None:
+        return fold.adjust(call, s, pairs, scale=call.scale)
+    lost = xp.isnan(s)
+    s = fold.adjust(call, xp.where(lost, xp.zeros_like(s), s), pairs, scale=call.scale)
+    return xp.where(lost, xp.full_like(s, math.nan), s)
 
 
 def _block_sums(

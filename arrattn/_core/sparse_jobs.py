@@ -67,6 +67,9 @@ def attend(call: SoftmaxInputs, choice: Choice, tiles: Tiles, *, plain: bool) ->
     for b in np.ndindex(*call.batch):
         item = jobs.batch_item(call, b)
         own = choice._replace(query_blocks=query_blocks(nq, choice.block, item.offset))
+        scores = item.block_scores
+        if scores is not None and choice.per == "block" and scores.shape[-2] == choice.query_blocks:
+            item = item._replace(block_scores=scores[..., : own.query_blocks, :])
         calls = [jobs.head_item(item, h) for h in range(hkv)]
         into = [(out[b][h], lse[b][h], selection[b][h]) for h in range(hkv)]
         heads: list[Head | None] = [None] * hkv

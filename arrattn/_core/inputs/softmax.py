@@ -53,14 +53,15 @@ def read_softmax(
     sinks: Array | None = None,
     return_lse: bool = False,
     engine: str = "tiles",
-    also: Callable[[Reasons, int], None] | None = None,
+    also: Callable[[Reasons, tuple[int, ...]], None] | None = None,
     arrays: dict[str, Any] | None = None,
 ) -> SoftmaxInputs:
     """
     Read the arguments of dense, local and sparse attention.
 
-    ``also(reasons, nk)`` checks what a function takes beside them, so that all complaints
-    come together; `arrays` are those among it, for library and device.
+    ``also(reasons, shape)`` checks what a function takes beside them, so that all complaints
+    come together; the `shape` is (..., Hkv, G, Nq, Nk). `arrays` are those among it, for library
+    and device.
     """
     reasons = Reasons(function)
     named: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "sinks": sinks}
@@ -94,7 +95,7 @@ def read_softmax(
     seen_by = read_window(window, reasons)
     segments = read_segments(segment_ids, nq, nk, batch, reasons)
     if also is not None:
-        also(reasons, nk)
+        also(reasons, grouped)
     reasons.check()
     if offset is None:
         offset = (nk if lengths is None else lengths) - nq
@@ -162,8 +163,8 @@ def read_local(
 ) -> SoftmaxInputs:
     """Read the arguments of local attention, which needs a window."""
 
-    def require_window(reasons: Reasons, nk: int) -> None:
-        del nk
+    def require_window(reasons: Reasons, shape: tuple[int, ...]) -> None:
+        del shape
         if window is None:
             reasons.add(TypeError, "window: expected a pair (left, right), got None")
 

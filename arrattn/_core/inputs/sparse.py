@@ -47,7 +47,8 @@ def read_sparse(
     """Read the arguments of sparse attention; `shared` are those of the whole family."""
     read: dict[str, Any] = {}
 
-    def read_choice(reasons: Reasons, nk: int) -> None:
+    def read_choice(reasons: Reasons, shape: tuple[int, ...]) -> None:
+        *batch, _, _, nq, nk = shape
         root = math.isqrt(nk - 1) + 1 if nk else 1
         read["what"] = read_word("select", select, SELECT, reasons)
         read["per"] = read_word("per", per, PER, reasons)
@@ -58,8 +59,16 @@ def read_sparse(
         read["route"] = None if route is None else read_count("route", route, reasons, low=0)
         read["block"] = max(min(block, nk), 1)
         read["selection"] = read_flag("return_selection", return_selection, reasons)
-        if always is not None and not isinstance(always, Pattern):
+        if isinstance(always, Pattern):
+            reasons.values([f"always: {text}" for text in always.problems(nq, nk, tuple(batch))])
+        elif always is not None:
             reasons.add(TypeError, f"always: expected an arrattn Pattern, got {describe(always)}")
+        if block_scores is not None and not _are_scores(block_scores):
+            reasons.add(
+                TypeError,
+                f"block_scores: expected an array of {' or '.join(FLOATS)}, "
+                f"got {describe(block_scores)}",
+            )
         if block_scores is not None and score != "mean":
             reasons.add(
                 ValueError,
@@ -90,24 +99,20 @@ def read_sparse(
     )
     reasons = Reasons("sparse_attention")
     reasons.arrays = {"q": q, "k": k, "v": v}
-    beside = always if isinstance(always, Pattern) else None
-    if beside is not None:
-        reasons.values([f"always: {text}" for text in beside.problems(nq, nk, call.batch)])
+    beside = always.bound(nk) if isinstance(always, Pattern) else None
     scores = _read_block_scores(block_scores, call, choice, reasons)
     reasons.check()
     return call._replace(always=beside, block_scores=scores), choice
+
+
+def _are_scores(x: Any) -> bool:
+    return is_array(x) and dtype_name(x.dtype) in FLOATS
 
 
 def _read_block_scores(
     x: Any, call: SoftmaxInputs, choice: Choice, reasons: Reasons
 ) -> Array | None:
     if x is None:
-        return None
-    if not is_array(x) or dtype_name(x.dtype) not in FLOATS:
-        reasons.add(
-            TypeError,
-            f"block_scores: expected an array of {' or '.join(FLOATS)}, got {describe(x)}",
-        )
         return None
     (hkv, g), (nq, nk) = call.heads, call.lengths
     blocks = -(-nk // choice.block)
