@@ -545,11 +545,8 @@ def test_random_weights_are_made_once_for_a_call(
     assert counts[1] == 2 * counts[0]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", MAPS)
-def test_calm_tokens_are_all_streamed(
-    name: str, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def streamed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many queries and keys each job of `streams` does, as they are done."""
     found: list[tuple[int, int]] = []
     was = streams.run
 
@@ -558,6 +555,15 @@ def test_calm_tokens_are_all_streamed(
         return result
 
     monkeypatch.setattr(streams, "run", run)
+    return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_calm_tokens_are_all_streamed(
+    name: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = streamed(monkeypatch)
     # Where weights carry logarithms, queries before the first key are too little to divide by.
     longer = () if causal and name in ("exp", "softmax") else ((300, 170), (300, 1))
     for n, m in ((300, 300), (170, 300), (1, 300), *longer):
@@ -568,13 +574,6 @@ def test_calm_tokens_are_all_streamed(
 
 def test_blocks_of_dask_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     da = pytest.importorskip("dask.array")
-    found: list[tuple[int, int]] = []
-    was = streams.run
-
-    def run(*args: Any) -> Any:
-        found.append((result := was(*args))[:2])
-        return result
-
-    monkeypatch.setattr(streams, "run", run)
+    found = streamed(monkeypatch)
     linear_attention(*map(da.from_array, qkv(300)), is_causal=True).compute()
     assert found == [(300, 300)]
