@@ -21,7 +21,7 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import few, jobs, loops
+from arrattn._core import few, gather, jobs, loops
 from arrattn._core.inputs import read_softmax
 from arrattn._core.jobs import at_once
 from arrattn.patterns import (
@@ -383,6 +383,108 @@ def test_keys_that_are_left_to_the_fold_leave_the_others_counted_once(far: float
     exact = [x.astype(np.float64) for x in (q, k, v)]
     within = output_error(*exact, dtype="float32")
     close(attention(q, k, v), softmax_attention(*exact), within=within)
+
+
+@pytest.mark.parametrize("apart", [3, 60])
+@pytest.mark.parametrize(("options", "clean"), [
+    ({}, 700),
+    ({"is_causal": True}, 700),
+    ({"is_causal": True}, 440),
+    ({"kv_lengths": 850}, 700),
+    ({"pattern": Causal() & Segments(np.arange(700) // 650, np.arange(900) // 650)}, 700),
+    ({"pattern": Window(30, 30) | Prefix(50)}, 700),
+])  # fmt: skip
+def test_rows_whose_scores_grow_late_are_computed_again(
+    options: dict[str, Any], clean: int, apart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = standard_normal(700, 900, heads=2)
+    loud = np.arange(5, 700, apart)
+    q[:, loud] *= np.linspace(20, 400, len(loud))[:, None]
+    k[:, 550:] *= 5  # the largest scores come late
+    exact = [x.astype(np.float64) for x in (q[:, :clean], k, v)]
+    if clean < 700:  # what only the other rows see
+        k[:, clean + 200], k[:, clean + 203], v[:, clean + 210, 3] = 1e20, np.nan, 1e35
+    many = []
+    repair = gather.Rows._repair
+
+    def count(self: Any, p: Any, sums: Any, at: Any, *rest: Any) -> None:
+        many.append(len(at[0]))
+        repair(self, p, sums, at, *rest)
+
+    monkeypatch.setattr(gather.Rows, "_repair", count)
+    out, lse = attention(q, k, v, **options, return_lse=True)
+    assert any(many) or apart < gather.SOME
+    own = {"q_offset": 200} if clean < 700 else {}
+    expected = softmax_attention(*exact, **options, **own, return_lse=True)
+    close(out[:, :clean], expected[0], within=output_error(*exact, dtype="float32"))
+    within = score_error(*exact[:2], dtype="float32") + eps("float32") * largest(expected[1])
+    close(lse[:, :clean], expected[1], within=within)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_what_rows_gather_is_what_they_see(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    t, g, n, m, d = rng.integers(1, 4), rng.integers(1, 3), 24, 40, 8
+    q = rng.standard_normal((t, g, n, d), dtype=np.float32)
+    q[:, :, rng.choice(n, rng.choice([2, 12]), replace=False)] *= 60
+    rows = gather.Rows(q, 1.0, 5, q.dtype)
+    rows.choose([np.array([gather.LARGEST])])
+    ks, vs, sights = [], [], []
+    for loud in (1, 1, 4, 2, 9):
+        own = rng.choice([1, t])
+        k = loud * rng.standard_normal((own, m, d), dtype=np.float32)
+        v = rng.standard_normal((own, m, 5), dtype=np.float32)
+        look, far, seen = None, None, np.ones((t, g, n, m), bool)
+        if rng.random() < 0.6:
+            r0, p0, p1, r1 = np.sort(rng.choice(n + 1, 4)).tolist()
+            weights = rng.random((p1 - p0, m)) < 0.5
+            look = gather.Look((r0, r1), (p0, p1), weights.astype(q.dtype), slice(0))
+            seen[:, :, :r0] = seen[:, :, r1:] = False
+            seen[:, :, p0:p1] = weights
+        for arrays, x in ((ks, k), (vs, v)):
+            arrays.append(np.repeat(x.astype(np.float64), t // own, axis=0)[:, None])
+        if rng.random() < 0.4:
+            far = rng.random((own, m)) < 0.2
+            seen &= ~far[:, None, None]
+            k[far], v[far] = np.nan, np.inf
+        sights.append(seen)
+        rows.absorb(k.mT, v, look, far)
+    out, lse = np.empty((t, g, n, 5), q.dtype), np.empty((t, g, n, 1), q.dtype)
+    rows.finish(out, lse)
+    k, v, exact = np.concatenate(ks, axis=2), np.concatenate(vs, axis=2), q.astype(np.float64)
+    s = np.where(np.concatenate(sights, axis=-1), exact @ k.mT, -np.inf)
+    top = s.max(axis=-1, keepdims=True)
+    p = np.exp(s - np.where(top == -np.inf, 0, top))
+    total = p.sum(axis=-1, keepdims=True)
+    some = np.maximum(total, np.finfo(np.float64).tiny)
+    close(lse, np.where(total == 0, -np.inf, top + np.log(some)),
+          within=score_error(exact, k, dtype="float32", scale=1.0))  # fmt: skip
+    close(out, p @ v / some, within=output_error(exact, k, v, dtype="float32", scale=1.0))
+
+
+def test_a_row_that_begins_late_takes_nothing_from_what_it_does_not_see() -> None:
+    n, m, d = 24, 4, 4
+    q, k = np.ones((1, 1, n, d), np.float32), np.full((1, m, d), -100, np.float32)
+    rows = gather.Rows(q, 1.0, 1, q.dtype)
+    rows.choose([np.array([gather.LARGEST])])
+    some = gather.Look((0, n - 1), (0, 0), np.ones((0, m), q.dtype), slice(0))
+    v = np.full((1, m, 1), 2.0**-38, np.float32)
+    rows.absorb(k.mT, v, some, None)
+    weights, far = np.ones((n, m), q.dtype), np.array([[True, False, False, False]])
+    weights[:, 1], v[:, 1] = 0, 2.0**29
+    rows.absorb(k.mT, v, gather.Look((0, n), (0, n), weights, slice(0)), far)
+    out, lse = np.empty((1, 1, n, 1), q.dtype), np.empty((1, 1, n, 1), q.dtype)
+    rows.finish(out, lse)
+    seen = np.repeat([6.0, 2.0], [n - 1, 1])
+    np.testing.assert_allclose(out[0, 0, :, 0], 2.0**-38, rtol=1e-6)
+    np.testing.assert_allclose(lse[0, 0, :, 0], np.log(seen) - 400, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exponents_are_cut_where_weights_neither_count_nor_vanish(dtype: str) -> None:
+    least = 2.0 ** gather.lowest(np.dtype(dtype))
+    assert least * 2.0**-26 >= np.finfo(dtype).smallest_normal  # times a small value, too
+    assert least * 2.0**20 < 2.0**-gather.ROOM * eps(dtype)  # a million of them beside the largest
 
 
 def _one_head_loud(q: Any, k: Any, v: Any) -> None:

@@ -44,6 +44,7 @@ from arrattn._core import (
     sparse_jobs,
     streams,
 )
+from arrattn._core.inputs import read_softmax
 from arrattn.patterns import Blocks, Causal, Global, Random, Rectangles, Segments, Window, _random
 
 
@@ -201,6 +202,87 @@ def test_rows_whose_largest_scores_come_first_are_done_once() -> None:
     work = done(attention, q, k, v)
     # What is taken off the scores is one more column of them.
     assert work.products == 1000 * 1000 * (per_pair((q, k, v)) + 1)
+
+
+@pytest.mark.parametrize(("apart", "times"), [(100, 1.1), (2, 2.0)])
+def test_of_rows_whose_scores_grow_late_only_few_are_done_again(apart: int, times: float) -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1024, 16), dtype=np.float32)
+    k[:, 512:] *= 5
+    q[:, ::apart] *= 300
+    with set_num_threads(1), counted() as work:
+        attention(q, k, v)
+    assert times - 0.5 <= work.exps / 1024**2 <= times
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_keys_are_turned_once_where_all_of_them_can_be_kept(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "unpacked", lambda: 10**6)
+    monkeypatch.setattr(jobs, "KEPT", 2 * 2 * 2048 * 8 - (not kept))
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 2048, 8), dtype=np.float32)
+    turned, turn = [], loops.turn
+
+    def count(x: Any, *, out: Any) -> Any:
+        turned.append(x.shape[-2])
+        return turn(x, out=out)
+
+    monkeypatch.setattr(loops, "turn", count)
+    with set_num_threads(1):
+        strips = len(jobs.cut(read_softmax("attention", q, k, v), None).strips)
+        attention(q, k, v)
+    assert strips > 1
+    assert sum(turned) == 2 * 2048 * (1 if kept else strips)
+
+
+@pytest.mark.parametrize(("times", "most_kept"), [(1, 1 << 22), (1000, 0)])
+@pytest.mark.parametrize("layout", ["heads first", "tokens first"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"kv_lengths": 1990}])
+def test_products_read_what_begins_with_cache_lines_and_fills_the_cache_evenly(
+    options: dict[str, Any],
+    layout: str,
+    times: float,
+    most_kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loops, "unpacked", lambda: 10**6)
+    monkeypatch.setattr(jobs, "KEPT", most_kept)
+    read, do = [], loops.small_products
+
+    def note(a: Any, b: Any, *, out: Any) -> Any:
+        read.append((b.__array_interface__["data"][0], *b.strides[-2:]))
+        return do(a, b, out=out)
+
+    monkeypatch.setattr(loops, "small_products", note)
+    rng = np.random.default_rng(0)
+    room = rng.standard_normal(3 * 2 * 2048 * 64 + 64, dtype=np.float32)
+    first = -room.ctypes.data // 4 % 16 + 5  # between two lines
+    x = room[first : first + 3 * 2 * 2048 * 64]
+    if layout == "heads first":
+        q, k, v = x.reshape(3, 2, 2048, 64)
+    else:
+        q, k, v = x.reshape(3, 2048, 2, 64).swapaxes(1, 2)
+    attention(q * np.float32(times), k, v, **options)
+    assert read
+    for address, apart, step in read:
+        assert step == 4
+        assert address % 64 == 0
+        assert apart // 64 % 2 == 1 or apart <= 512
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 1), (7,), (2, 64, 256)])
+def test_arrays_that_are_laid_out_hold_the_same(shape: tuple[int, ...], dtype: str) -> None:
+    x = np.random.default_rng(0).standard_normal((*shape, 2)).astype(dtype)[..., 0]
+    for slot in (None, "tests"):
+        there = loops.laid_out(x, slot)
+        np.testing.assert_array_equal(there, x)
+        assert there.ctypes.data % 64 == 0
+        assert loops.laid_out(there, slot) is there
+        apart = loops.spread_rows(slot, shape, dtype)
+        assert apart.shape == shape
+        assert apart.ctypes.data % 64 == 0
+        assert len(shape) < 2 or apart.strides[-2] // 64 % 2 == 1
 
 
 def test_positions_that_all_see_cost_themselves() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from arrattn._core import loops, online_softmax
 from arrattn._core.fold import enter, finish
-from arrattn._core.gather import LOG2E, LOW
+from arrattn._core.gather import LOG2E, lowest
 from arrattn._core.inputs import SoftmaxInputs
 from arrattn._core.online_softmax import State
 from arrattn._core.typing import Array
@@ -137,7 +137,7 @@ def gather(q: Array, k: Array, v: Array, scale: float) -> State:
         np.matmul(q[..., None, :, :], keys.mT, out=rows)
     top = s.max(axis=-1, keepdims=True, initial=-math.inf)
     np.subtract(s, np.where(top == -math.inf, 0, top), out=s)
-    np.exp2(np.maximum(s, LOW, out=s), out=s)
+    np.exp2(np.maximum(s, lowest(s.dtype), out=s), out=s)
     total = np.matmul(s, loops.ones_column(m, s.dtype))
     o = sum(np.matmul(rows, values).sum(axis=-3) for rows, values in _chunks(s, v, SUMMED))
     return State(top * (1 / LOG2E), total, o)

@@ -4,8 +4,9 @@ The online softmax in as few passes over the scores as NumPy can do it in.
 Scores are kept in units of ``log 2``, so that `exp2` does, and hidden pairs are multiplied by
 0 after it. Where ``|q| |k|`` (Cauchy-Schwarz) bounds all scores of a strip, nothing has to
 be subtracted before it; else a row's maximum so far is, which is brought up to date only when
-a score has grown far beyond it. Sums of weights tell whether one may have; once they have
-told so in a strip, its scores are looked at before they are exponentiated. Neither choice
+a score has grown far beyond it. Sums of weights tell whether one may have, and the scores of
+such rows are computed again. Where a good part of the rows has grown, all scores of the next run
+are looked at before they are exponentiated. Neither choice
 depends on what a hidden key or value holds: the first is made by keys that every row sees, the
 second row by row, and keys that are out of bounds are left, one by one, to `fold`.
 """
@@ -13,7 +14,7 @@ second row by row, and keys that are out of bounds are left, one by one, to `fol
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,13 +36,16 @@ UNSAFE = 2.0**100
 #: the maximum to grow, at no loss.
 ROOM = 40.0
 
-#: Exponents are cut here: 2 ** LOW is nothing beside a row's largest weight, 2 ** -ROOM.
-LOW, HIGH = -120.0, 100.0
+#: Exponents are cut here, and at `lowest`.
+HIGH = 100.0
 
 #: How far a score may lie above what is subtracted from its row before that is brought up to
 #: date, and a sum of weights that no such score is part of.
 GROWN = 68.0
 CLEAR = 2.0**67
+
+#: Of a tile's rows, one in so many may have scores that are computed again.
+SOME = 4
 
 LOG2E = math.log2(math.e)
 
@@ -67,6 +71,16 @@ class Look(NamedTuple):
     partly: tuple[int, int]
     weights: Array
     common: Array | slice
+
+
+def lowest(dtype: DType) -> float:
+    """
+    The exponent at which smaller ones are cut: nothing beside a row's largest weight, 2 ** -ROOM.
+
+    A processor is a hundred times slower at numbers below the least normal one. A weight cut here
+    lies so far above that it stays normal when multiplied with a value.
+    """
+    return float(np.finfo(dtype).minexp + 26)
 
 
 def reach(k: Array, v: Array, acc: DType) -> Array:
@@ -148,7 +162,7 @@ class Rows:
         if self.m is not None:
             d, m = k.shape[-2:]
             if k.strides[-1] == k.itemsize:
-                beside = loops.work_space("beside", (t, d + 1, m), k.dtype)
+                beside = loops.spread_rows("beside", (t, d + 1, m), k.dtype)
             else:
                 beside = loops.work_space("beside", (t, m, d + 1), k.dtype).mT
             beside[:, :d], beside[:, d] = k, 1
@@ -172,31 +186,56 @@ class Rows:
             p = _exp2(s, look, far)
             sums = loops.row_sums(p, xp=np)
             # Weights are never negative, so a sum is no less than any of them.
-            if (sums <= CLEAR).all() and np.isfinite(m).all():
+            grown = np.nonzero(((sums > CLEAR) | ((m == -math.inf) & (sums > 0)))[..., 0])
+            if len(k) == 1 and len(grown[0]) * SOME <= sums.size:
+                self._repair(p, sums, grown, k, look, rows[0], far)
                 return p, sums
-            self.growing = True
             s = self._product(k, rows)
         top = _top(s, look, far)
-        grown = np.flatnonzero((top > GROWN) | (m == -math.inf))
-        if grown.size:
-            at = np.unravel_index(grown, m.shape[:-1])
-            self._grow(self.m, s, top, at, (*at[:2], at[2] + rows[0]))
+        grown = np.nonzero(((top > GROWN) | (m == -math.inf))[..., 0])
+        self.growing = self.began and len(grown[0]) * SOME > m.size
+        if len(grown[0]):
+            whole = (*grown[:2], grown[2] + rows[0])
+            minus = self.q[..., -1:][whole]
+            s[grown] -= minus + self._raise(whole, top[grown] - minus)
         return _exp2(s, look, far), None
 
-    def _grow(
-        self, m: Array, s: Array, top: Array, at: tuple[Array, ...], whole: tuple[Array, ...]
+    def _repair(
+        self,
+        p: Array,
+        sums: Array,
+        at: tuple[Array, ...],
+        k: Array,
+        look: Look | None,
+        first: int,
+        far: Array | None,
     ) -> None:
-        """Bring maxima up to date, and scores with them, of rows `at` in these, `whole` in all."""
-        minus = self.q[..., -1:][whole]
+        """Compute anew the weights and sums of the rows `at`, the first of all being `first`."""
+        whole = (*at[:2], at[2] + first)
+        s = np.matmul(self.q[whole][:, :-1], k[0])
+        hidden = np.zeros(s.shape, bool) if far is None else np.repeat(far, len(s), axis=0)
+        if look is not None:
+            h0, h1 = look.partly
+            part = (whole[2] >= h0) & (whole[2] < h1)
+            seen = np.broadcast_to(look.weights, (*p.shape[:2], h1 - h0, p.shape[3]))
+            hidden[part] |= seen[(*(i[part] for i in at[:2]), whole[2][part] - h0)] == 0
+        s[hidden] = -math.inf
+        s = _exp2(s - self._raise(whole, s.max(axis=-1, keepdims=True)), None, None)
+        s[hidden] = 0
+        p[at], sums[at] = s, loops.row_sums(s, xp=np)
+
+    def _raise(self, whole: tuple[Array, ...], top: Array) -> Array:
+        """Bring maxima of rows, and their sums, up to scores of `top`; what to take off scores."""
+        m: Any = self.m
         old = m[whole]
-        new = np.maximum(old, top[at] - minus + ROOM)
+        new = np.maximum(old, top + ROOM)
         shift = np.where(new == -math.inf, 0, new)
         if self.began:
             decay = np.exp2(old - shift)
             self.o[whole] *= decay
             self.l[whole] *= decay
-        s[at] -= minus + shift
         m[whole], self.q[(*whole, -1)] = new, -shift[:, 0]
+        return shift
 
     def _add(self, p: Array, sums: Array | None, v: Array, rows: tuple[int, int]) -> None:
         t, g, n = self.shape
@@ -260,7 +299,7 @@ def _top(s: Array, look: Look | None, far: Array | None) -> Array:
 
 def _exp2(s: Array, look: Look | None, far: Array | None) -> Array:
     """``exp2(s)``, in place, 0 where hidden or `far`; cut where the exponent is extreme."""
-    return _hidden(np.exp2(np.clip(s, LOW, HIGH, out=s), out=s), look, far)
+    return _hidden(np.exp2(np.clip(s, lowest(s.dtype), HIGH, out=s), out=s), look, far)
 
 
 def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:

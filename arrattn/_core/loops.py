@@ -380,6 +380,9 @@ def map_blocks(
 _kept = threading.local()
 _KEPT_AT_MOST = 1 << 21
 
+#: Bytes of a cache line.
+_LINE = 64
+
 #: Rows up to which BLAS is faster at the transposed product than at the product.
 _FEW_ROWS = 8
 
@@ -392,13 +395,62 @@ def work_space(slot: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """
     size = math.prod(shape)
     if size > _KEPT_AT_MOST:
-        return np.empty(shape, dtype)
+        return aligned(shape, dtype)
     held: dict[Any, Any] = _kept.__dict__
     key = (slot, dtype, held.get("depth", 0))
     kept = held.get(key)
     if kept is None or kept.size < size:
-        kept = held[key] = np.empty(size, dtype)
+        kept = held[key] = aligned((size,), dtype)
     return kept[:size].reshape(shape)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """
+    A new NumPy array that begins where a cache line does.
+
+    NumPy's own begin at any multiple of 16 bytes. Where a product reads them 64 bytes at a time,
+    each read then takes two lines, which costs it a fifth of its speed.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _LINE, np.uint8)
+    start = -room.__array_interface__["data"][0] % _LINE
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def laid_out(x: Array, slot: str | None) -> Array:
+    """
+    A NumPy array as `aligned` makes them: `x`, or its copy in that `slot`, or without one to keep.
+    """
+    if x.flags.c_contiguous and x.__array_interface__["data"][0] % _LINE == 0:
+        return x
+    copy = aligned(x.shape, x.dtype) if slot is None else work_space(slot, x.shape, x.dtype)
+    np.copyto(copy, x)
+    return copy
+
+
+def spread_rows(slot: str | None, shape: tuple[int, ...], dtype: Any) -> Array:
+    """
+    `work_space`, or without a `slot` an array to keep, whose rows lie an odd number of lines apart.
+
+    Rows a power of two of bytes apart all fall into the same few sets of the first-level cache,
+    which costs a product that reads down its columns a fifth of its speed.
+    """
+    *lead, n = shape
+    line = _LINE // np.dtype(dtype).itemsize
+    apart = (-(-n // line) | 1) * line
+    whole = (*lead, apart)
+    return (aligned(whole, dtype) if slot is None else work_space(slot, whole, dtype))[..., :n]
+
+
+def turn(x: Array, *, out: Array) -> Array:
+    """
+    Write a NumPy array (..., n, d) to `out` (..., d, n), of the same dtype.
+
+    A copy goes in the order in which it writes, and so from line to line of the cache for each
+    number it reads; a product goes in that of `x`, and takes half of the time.
+    """
+    np.multiply(x, x.dtype.type(1), out=out.mT)
+    return out
 
 
 def product(a: Array, b: Array, slot: str, *, xp: Namespace) -> Array:

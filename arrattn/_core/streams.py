@@ -113,12 +113,13 @@ class _Head:
 
     def _read(self, start: int, stop: int) -> int:
         """Write the outputs of queries that see the sums, up to a block that does not fit."""
+        S = loops.laid_out(self.S, "linear memory")
         for i in range(start, stop, self.block):
             rows = slice(i, min(i + self.block, stop))
             for g in range(len(self.out)):
                 phi, out = self._queries(g, rows), self.out[g, rows]
                 top = self._tops(out)
-                loops.small_products(phi, self.S, out=top)
+                loops.small_products(phi, S, out=top)
                 if not self._finish(phi, top, np.matmul(phi, self.z[:, None]), out):
                     return i
         return stop

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core.loops import device_of, small_products
+from arrattn._core.loops import device_of, small_products, work_space
 from arrattn._core.typing import Array, Namespace
 from arrattn.feature_maps._base import FeatureMap, Features, read_rng, require_int
 
@@ -169,7 +169,9 @@ class Positive(_Projected):
 
     def _write_exponents(self, x: Array, out: Array, weights: Array | None, sign: float) -> None:
         w = self.weights(x, np) if weights is None else weights
-        small_products(x, w * (sign * self._factor * LOG2E), out=out)
+        factor = w.dtype.type(sign * self._factor * LOG2E)
+        w = np.multiply(w, factor, out=work_space("projection", w.shape, w.dtype))
+        small_products(x, w, out=out)
 
 
 class Hyperbolic(Positive):
