@@ -432,7 +432,10 @@ def _cut_tiles(
     strips = []
     for t in range(plan.kinds.shape[-2]):
         i0, i1 = plan.rows(t)
-        runs = (Run(*run) for run in plan.runs(t, _pairs_at_once(g, i1 - i0), apart=True))
+        pairs = _pairs_at_once(g, i1 - i0)
+        if relative is not None and g * (i1 - i0) > few.ROWS:
+            pairs //= 2  # steps along an edge are short, so there are heads to fill the work space
+        runs = (Run(*run) for run in plan.runs(t, pairs, apart=True))
         strip = _settled(Strip(i0, i1 - i0, 1, tuple(runs)), pattern, at)
         strip = strip if relative is None else _stepped(strip, relative, g, at)
         strips.append(_gathered(strip, g) if free else strip)
