@@ -53,7 +53,7 @@ class Room:
         def space(slot: str, *shape: int) -> Array:
             return loops.work_space(f"span {slot}", shape, q.dtype)
 
-        lead = _heads_first(x.gates.steps).shape[:-2]
+        lead = x.gates.steps.shape[:-2]
         steps = space("steps", *lead, c + 1)
         self.steps, self.ones, self.rows = steps[..., :c], steps[..., c], steps.reshape(-1, c + 1)
         self.logs = space("decays", len(self.rows), c * c + c)
@@ -61,57 +61,63 @@ class Room:
         decays = self.logs.reshape(*lead, c * c + c)
         self.within = decays[..., : c * c].reshape(*lead, c, c)
         self.since_start = decays[..., c * c :]
-        self.until_end = self.within[..., -1:, :]
-        self.k = space("keys", heads, n, d, c)
-        self.pairs = space("pairs", heads, groups, n, c, c)
+        self.k = space("keys", n, heads, d, c)
+        self.pairs = space("pairs", n, heads, groups, c, c)
         self.S = space("S", n + 1, heads, d, columns)
+        self.q: Any = None
+        self.v: Any = None
         self.more = space("more", heads, d, columns)
         self.top, self.near = (
-            space(slot, heads, groups, n, c, columns) for slot in ("top", "near")
+            space(slot, n, heads, groups, c, columns) for slot in ("top", "near")
         )
-        self.before = self.S[:-1].swapaxes(0, 1)
-        whole = np.moveaxis(self.since_start[..., -1:, None], 1, 0)  # (C, H | 1, 1, 1)
+        whole = self.since_start[..., -1:, None]  # (C, H | 1, 1, 1)
         self.steps_on: list[Any] = list(zip(self.S[:-1], whole, self.S[1:], strict=True))
-        self.v: Any = None
         self.corrects = x.beta is not None
         if not self.corrects:
             return
-        self.solved = space("solved", heads, n, c, c)
-        self.diagonal = self.solved.reshape(heads, n, c * c)[..., :: c + 1]
+        self.factors = space("factors", n, heads, c, c)
+        self.solved = space("solved", n, heads, c, c)
+        self.diagonal = self.solved.reshape(n, heads, c * c)[..., :: c + 1]
         self.blocks = _pairs_of_blocks(self.solved)
-        self.target = space("target", heads, n, c, columns)
-        self.told = space("told", heads, n, c, d)
-        self.v = space("written", heads, n, c, columns)
+        self.told = space("told", n, heads, c, d)
         self.found = space("found", heads, c, columns)
-        by_chunk = (np.moveaxis(a, 1, 0) for a in (self.told, self.target, self.v, self.k))
-        self.steps_on = list(zip(self.S[:-1], whole, self.S[1:], *by_chunk, strict=True))
+        self.v = space("written", n, heads, c, columns)
+        self.steps_on = list(
+            zip(self.S[:-1], whole, self.S[1:], self.told, self.v, self.k, strict=True)
+        )
 
     def read(self, x: Chunks) -> None:
-        """Do all that needs no memory."""
-        self.q, k, v = _heads_first(x.q), _heads_first(x.k), _heads_first(x.v)
-        np.maximum(_heads_first(x.gates.steps)[..., 0], decay.FASTEST, out=self.steps)
+        """
+        Do all that needs no memory.
+
+        By the delta rule, what is written is held without its `beta`, and with the sign turned:
+        both are in the factors of whatever reads it.
+        """
+        k, self.q = x.k, x.q
+        np.copyto(self.k, k.mT)
+        if x.beta is not None:
+            np.matmul(k, self.k, out=self.solved)
+        np.matmul(self.q, self.k[:, :, None], out=self.pairs)
+        np.maximum(x.gates.steps[..., 0], decay.FASTEST, out=self.steps)
         self.ones.fill(1.0)
         np.matmul(self.rows, self.sums, out=self.logs)
         np.exp(self.logs, out=self.logs)
-        np.copyto(self.k, k.mT)
-        np.matmul(self.q, self.k[:, None], out=self.pairs)
-        self.pairs *= self.within[:, None]
+        factors: Any = self.within
+        if x.beta is not None:
+            factors = np.multiply(self.within, -x.beta.mT, out=self.factors)
+        self.pairs *= factors[:, :, None]
+        self.k *= factors[..., -1:, :]
         if x.beta is None:
-            self.k *= self.until_end
-            np.matmul(self.k, v, out=self.S[1:].swapaxes(0, 1))
-            self.v = v
+            np.matmul(self.k, x.v, out=self.S[1:])
+            self.v = x.v
             return
-        beta, solved = _heads_first(x.beta), self.solved
-        np.matmul(k, self.k, out=solved)
-        self.k *= self.until_end
-        solved *= self.within
-        solved *= -beta
+        solved = self.solved
+        solved *= factors
         self.diagonal.fill(1.0)
         for first, below, second, space in self.blocks:
             np.matmul(below, first, out=space)
             np.matmul(second, space, out=below)
-        solved *= beta.mT
-        np.matmul(solved, v, out=self.target)
+        np.matmul(solved, x.v, out=self.v)
         solved *= self.since_start[..., None, :]
         np.matmul(solved, k, out=self.told)
 
@@ -126,26 +132,20 @@ class Room:
                 add(after, more, after)
             return self.S[-1]
         found = self.found
-        for S, whole, after, told, target, written, k in self.steps_on:
+        for S, whole, after, told, written, k in self.steps_on:
             matmul(told, S, found)
-            subtract(target, found, written)
+            subtract(found, written, written)
             multiply(S, whole, after)
             matmul(k, written, more)
             add(after, more, after)
         return self.S[-1]
 
-    def outputs(self) -> Array:
+    def outputs(self, out: Array | None = None) -> Array:
         """What queries read of the memory before their chunk and of the pairs in it."""
-        np.matmul(self.q, self.before[:, None], out=self.top)
-        self.top *= self.since_start[:, None, ..., None]
-        np.matmul(self.pairs, self.v[:, None], out=self.near)
-        self.top += self.near
-        return self.top
-
-
-def _heads_first(a: Array) -> Array:
-    """(C, ..., H, c, D) -> (..., H, C, c, D)."""
-    return np.moveaxis(a, 0, -3)
+        np.matmul(self.q, self.S[:-1, :, None], out=self.top)
+        self.top *= self.since_start[:, :, None, :, None]
+        np.matmul(self.pairs, self.v[:, :, None], out=self.near)
+        return np.add(self.top, self.near, out=self.top if out is None else out)
 
 
 @lru_cache(maxsize=16)

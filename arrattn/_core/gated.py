@@ -17,6 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from arrattn._core import decay, loops, recurrence, tiles
 from arrattn._core.chunks import Chunks, Room
 from arrattn._core.decay import Gates
@@ -32,20 +34,30 @@ CHUNK = 32
 SPAN = 32
 
 #: Numbers on which a thread writes, where all heads' chunks of a span are taken at once.
-WORK_SPACE = 5 << 18
+WORK_SPACE = 9 << 18
 
 
 def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array, Array]:
     """
     Do the call: what `recurrence.run` gives; the delta rule has no `z`, and gives zeros.
     """
-    xp = how.xp
     x = _broadcast(how, x)
+    if x.beta is not None and into is not None:
+        # What is not finite stays in the memory to the end, so one need not look for it before.
+        found = _run(how._replace(careful=False), x, into)
+        if np.isfinite(found[1]).all():
+            return found
+    xp = how.xp
     lifted = None if x.key_mask is None else x.key_mask[..., None]
     gates = (x.log_decay, None if x.beta is None else x.beta[..., None])
     arrays = [a for a in (x.k, x.v, *gates) if a is not None]
     sums = (xp.isfinite(loops.sum_of(a, lifted, how.acc, xp=xp)) for a in arrays)
-    how = how._replace(careful=not all(loops.truth(a) for a in sums))
+    return _run(how._replace(careful=not all(loops.truth(a) for a in sums)), x, into)
+
+
+def _run(how: How, x: Operands, into: Array | None) -> tuple[Array, Array, Array]:
+    """Do it, knowing whether there may be something that is not finite."""
+    xp = how.xp
     memory, out = recurrence.start_memory(how, x), loops.Pieces(into)
     if 0 in x.q.shape[:-1]:  # nothing that reads
         out.add(recurrence.zeros_out(how, x))
@@ -139,6 +151,8 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
     alike = s.decay is None or s.decay.shape[-1] == 1
     ways: dict[Any, Any] = {}  # of each thread
     whole = _as_it_lies(how, s) if alike else None
+    # Nothing is left to do to what is read.
+    direct = alike and x.beta is not None and how.scale == 1.0 and into.dtype == how.acc
 
     def read(i: int) -> Tokens:
         if whole is not None:
@@ -160,11 +174,14 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
             turns[i].wait()
             S[...] = way.pass_on(S)
             turns[i + 1].set()
-            top = way.outputs()
-            top = top.reshape(*top.shape[:-3], top.shape[-3] * top.shape[-2], top.shape[-1])
-            top = recurrence.finish(how, x, own.f, top, None, None)
             at = i * many * c
-            into[..., at : at + own.n, :] = top[..., : own.n, :]
+            rows = into[..., at : at + own.n, :]
+            if direct and own.n % c == 0:
+                way.outputs(recurrence.chunks_first(rows, -2, c, own.n, how.xp))
+                return
+            top = recurrence.chunks_joined(way.outputs(), how.xp)
+            top = recurrence.finish(how, x, own.f, top, None, None)
+            rows[...] = top[..., : own.n, :]
         finally:
             turns[i + 1].set()  # after an error too: nobody may wait for it
 
@@ -185,15 +202,16 @@ class _ByFeature:
         memory, self.ys = loops.scan(self.ready.step, memory, self.ready.xs, xp=self.xp)
         return memory
 
-    def outputs(self) -> Array:
-        return self.xp.moveaxis(_outputs(self.ready, self.ys, False, self.xp), 0, -3)
+    def outputs(self, out: Array | None = None) -> Array:
+        del out  # it is never given one
+        return _outputs(self.ready, self.ys, False, self.xp)
 
 
 def _chunks_at_once(how: How, s: Sequence, memory: Memory) -> int:
     """As many chunks as fit a thread's work space; all heads are taken together."""
     q: Any = s.q
     c, g, (heads, d, columns) = how.chunk, q.shape[-3], memory.S.shape
-    pairs, tokens = (1 + g) * c * c, c * ((2 + g) * d + (2 + 2 * g) * columns)
+    pairs, tokens = (3 + g) * c * c, c * (2 * d + (1 + 2 * g) * columns)
     numbers = heads * (pairs + tokens + d * columns)
     return int(max(1, min(SPAN, WORK_SPACE // max(1, numbers))))
 
