@@ -63,7 +63,8 @@ class Room:
         self.since_start = decays[..., c * c :]
         self.k = space("keys", n, heads, d, c)
         self.pairs = space("pairs", n, heads, groups, c, c)
-        self.S = space("S", n + 1, heads, d, columns)
+        # Heads lie a row apart: where they touch, NumPy scales them by way of a buffer.
+        self.S = space("S", n + 1, heads, d + 1, columns)[:, :, :d]
         self.q: Any = None
         self.v: Any = None
         self.more = space("more", heads, d, columns)
