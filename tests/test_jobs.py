@@ -229,6 +229,23 @@ def test_hardly_more_than_what_causal_order_shows_is_computed(n: int, at: int) -
     assert shown <= looked <= shown + n * (jobs.STEP + jobs.GRAIN)
 
 
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("size", [jobs.GRAIN, 2 * jobs.GRAIN, 100])
+def test_rows_between_those_that_see_a_run_may_see_nothing_of_it(size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = rng.random(rng.integers(1, 6, 2)) < rng.choice([0.3, 0.7])
+    n, m = table.shape[0] * size, table.shape[1] * size
+    q, k, v = standard_normal(n, m, d=4)
+    pattern = Blocks(table, size)
+    if seed % 3 == 0:
+        pattern = pattern & Causal()
+    out, lse = attention(q, k, v, pattern=pattern, q_offset=0, return_lse=True)
+    expected = softmax_attention(q, k, v, pattern=pattern, q_offset=0, return_lse=True)
+    close(out, expected[0], within=output_error(q, k, v, dtype="float32"))
+    within = score_error(q, k, dtype="float32") + eps("float32") * largest(expected[1])
+    close(lse, expected[1], within=within)
+
+
 def test_a_pattern_that_shows_some_of_everything_is_not_cut_into_steps() -> None:
     (strip,) = jobs._cut(Strided(2), 1, 256, 512, 0, None, True).strips
     assert len(strip.runs) == 1

@@ -844,17 +844,22 @@ def _relative_look(pattern: Pattern, at: int, n: int, m: int, acc: Any) -> Look:
 def _rows_that_see(
     pattern: Pattern, i0: int, at: int, n: int, run: Run
 ) -> tuple[tuple[int, int], tuple[int, int], bool]:
-    """Which of `n` rows see any key of a run, which of those not all, and whether all see any."""
+    """
+    Rows outside which none of `n` sees any key of a run; those of them outside which all see every
+    key; and whether all see any.
+    """
     starts = np.arange(0, n, GRAIN)
     stops = np.minimum(starts + GRAIN, n)
     j0, j1 = np.array([run.j0]), np.array([run.j1])
-    some, every = classify(pattern, i0 + starts, i0 + stops, j0, j1, at)
+    some, every = (x[:, 0] for x in classify(pattern, i0 + starts, i0 + stops, j0, j1, at))
 
     def rows(which: Array) -> tuple[int, int]:
         found = np.flatnonzero(which).tolist()
         return (found[0] * GRAIN, min((found[-1] + 1) * GRAIN, n)) if found else (0, 0)
 
-    return rows(some), rows(some & ~every), bool(some.all())
+    first, stop = rows(some)
+    between = (first <= starts) & (starts < stop)  # of which some may see none
+    return (first, stop), rows(between & ~every), bool(some.all())
 
 
 def _tiles_of(x: Array, strip: Strip) -> Array:
