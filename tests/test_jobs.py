@@ -411,7 +411,7 @@ def test_keys_that_are_left_to_the_fold_leave_the_others_counted_once(far: float
     ({"pattern": Causal() & Segments(np.arange(700) // 650, np.arange(900) // 650)}, 700),
     ({"pattern": Window(30, 30) | Prefix(50)}, 700),
 ])  # fmt: skip
-def test_rows_whose_scores_grow_late_are_computed_again(
+def test_rows_whose_scores_grow_late_are_brought_up_to_date(
     options: dict[str, Any], clean: int, apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = standard_normal(700, 900, heads=2)
@@ -422,15 +422,15 @@ def test_rows_whose_scores_grow_late_are_computed_again(
     if clean < 700:  # what only the other rows see
         k[:, clean + 200], k[:, clean + 203], v[:, clean + 210, 3] = 1e20, np.nan, 1e35
     many = []
-    repair = gather.Rows._repair
+    lift = gather.Rows._raise
 
-    def count(self: Any, p: Any, sums: Any, at: Any, *rest: Any) -> None:
-        many.append(len(at[0]))
-        repair(self, p, sums, at, *rest)
+    def count(self: Any, s: Any, top: Any, at: Any, first: int) -> None:
+        many.append(len(top) if self.began else 0)
+        lift(self, s, top, at, first)
 
-    monkeypatch.setattr(gather.Rows, "_repair", count)
+    monkeypatch.setattr(gather.Rows, "_raise", count)
     out, lse = attention(q, k, v, **options, return_lse=True)
-    assert any(many) or apart < gather.SOME
+    assert any(many)
     own = {"q_offset": 200} if clean < 700 else {}
     expected = softmax_attention(*exact, **options, **own, return_lse=True)
     close(out[:, :clean], expected[0], within=output_error(*exact, dtype="float32"))
@@ -495,6 +495,21 @@ def test_a_row_that_begins_late_takes_nothing_from_what_it_does_not_see() -> Non
     seen = np.repeat([6.0, 2.0], [n - 1, 1])
     np.testing.assert_allclose(out[0, 0, :, 0], 2.0**-38, rtol=1e-6)
     np.testing.assert_allclose(lse[0, 0, :, 0], np.log(seen) - 400, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 60, 200])
+def test_how_many_other_rows_grow_changes_no_bit_of_a_row(n: int) -> None:
+    q, k, v = standard_normal(1024, 2048)
+    q[..., 0], k[..., 0] = 1, 0
+    q[:, ::20] *= 15
+    k[:, 1024 : 1024 + n, 0] = np.linspace(55, 65, n)  # about as far as weights may grow
+    out, lse = attention(q, k, v, is_causal=True, return_lse=True)
+    for size in (800, -800, 1e4):
+        other = k.copy()
+        other[:, 1024 + n : 1280, 0] = size  # nothing to the rows before
+        changed = attention(q, other, v, is_causal=True, return_lse=True)
+        np.testing.assert_array_equal(changed[0][:, :n], out[:, :n])
+        np.testing.assert_array_equal(changed[1][:, :n], lse[:, :n])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

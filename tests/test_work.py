@@ -44,7 +44,6 @@ from arrattn._core import (
     sparse_jobs,
     streams,
 )
-from arrattn._core.inputs import read_softmax
 from arrattn.patterns import Blocks, Causal, Global, Random, Rectangles, Segments, Window, _random
 
 
@@ -214,39 +213,16 @@ def test_of_rows_whose_scores_grow_late_only_few_are_done_again(apart: int, time
     assert times - 0.5 <= work.exps / 1024**2 <= times
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_keys_are_turned_once_where_all_of_them_can_be_kept(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loops, "unpacked", lambda: 10**6)
-    monkeypatch.setattr(jobs, "KEPT", 2 * 2 * 2048 * 8 - (not kept))
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 2048, 8), dtype=np.float32)
-    turned, turn = [], loops.turn
-
-    def count(x: Any, *, out: Any) -> Any:
-        turned.append(x.shape[-2])
-        return turn(x, out=out)
-
-    monkeypatch.setattr(loops, "turn", count)
-    with set_num_threads(1):
-        strips = len(jobs.cut(read_softmax("attention", q, k, v), None).strips)
-        attention(q, k, v)
-    assert strips > 1
-    assert sum(turned) == 2 * 2048 * (1 if kept else strips)
-
-
-@pytest.mark.parametrize(("times", "most_kept"), [(1, 1 << 22), (1000, 0)])
+@pytest.mark.parametrize("times", [1, 1000])
 @pytest.mark.parametrize("layout", ["heads first", "tokens first"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"kv_lengths": 1990}])
 def test_products_read_what_begins_with_cache_lines_and_fills_the_cache_evenly(
     options: dict[str, Any],
     layout: str,
     times: float,
-    most_kept: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loops, "unpacked", lambda: 10**6)
-    monkeypatch.setattr(jobs, "KEPT", most_kept)
     read, do = [], loops.small_products
 
     def note(a: Any, b: Any, *, out: Any) -> Any:
@@ -274,15 +250,14 @@ def test_products_read_what_begins_with_cache_lines_and_fills_the_cache_evenly(
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 1), (7,), (2, 64, 256)])
 def test_arrays_that_are_laid_out_hold_the_same(shape: tuple[int, ...], dtype: str) -> None:
     x = np.random.default_rng(0).standard_normal((*shape, 2)).astype(dtype)[..., 0]
-    for slot in (None, "tests"):
-        there = loops.laid_out(x, slot)
-        np.testing.assert_array_equal(there, x)
-        assert there.ctypes.data % 64 == 0
-        assert loops.laid_out(there, slot) is there
-        apart = loops.spread_rows(slot, shape, dtype)
-        assert apart.shape == shape
-        assert apart.ctypes.data % 64 == 0
-        assert len(shape) < 2 or apart.strides[-2] // 64 % 2 == 1
+    there = loops.laid_out(x, "tests")
+    np.testing.assert_array_equal(there, x)
+    assert there.ctypes.data % 64 == 0
+    assert loops.laid_out(there, "tests") is there
+    apart = loops.spread_rows("tests apart", shape, dtype)
+    assert apart.shape == shape
+    assert apart.ctypes.data % 64 == 0
+    assert len(shape) < 2 or apart.strides[-2] // 64 % 2 == 1
 
 
 def test_positions_that_all_see_cost_themselves() -> None:

@@ -4,11 +4,11 @@ The online softmax in as few passes over the scores as NumPy can do it in.
 Scores are kept in units of ``log 2``, so that `exp2` does, and hidden pairs are multiplied by
 0 after it. Where ``|q| |k|`` (Cauchy-Schwarz) bounds all scores of a strip, nothing has to
 be subtracted before it; else a row's maximum so far is, which is brought up to date only when
-a score has grown far beyond it. Sums of weights tell whether one may have, and the scores of
-such rows are computed again. Where a good part of the rows has grown, all scores of the next run
-are looked at before they are exponentiated. Neither choice
-depends on what a hidden key or value holds: the first is made by keys that every row sees, the
-second row by row, and keys that are out of bounds are left, one by one, to `fold`.
+a score has grown far beyond it. Sums of weights tell in which rows one may have; where those are
+a good part of all, the scores of the next run are looked at before they are exponentiated. Neither
+choice depends on what a hidden key or value holds: the first is made by keys that every row sees,
+the second changes no bit of other rows, and keys that are out of bounds are left, one by one, to
+`fold`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNSAFE = 2.0**100
 
 #: What is subtracted from a row's scores is its maximum so far and this much more: room for
 #: the maximum to grow, at no loss.
-ROOM = 40.0
+ROOM = 20.0
 
 #: Exponents are cut here, and at `lowest`.
 HIGH = 100.0
@@ -44,7 +44,7 @@ HIGH = 100.0
 GROWN = 68.0
 CLEAR = 2.0**67
 
-#: Of a tile's rows, one in so many may have scores that are computed again.
+#: Of a tile's rows, one in so many may have grown before all are looked at.
 SOME = 4
 
 LOG2E = math.log2(math.e)
@@ -183,59 +183,44 @@ class Rows:
             return _hidden(np.exp2(s, out=s), look, far), None
         m = self.m[:, :, rows[0] : rows[1]]
         if self.began and not self.growing:
-            p = _exp2(s, look, far)
+            p = _exp2(s, look, far, out=loops.work_space("weights", s.shape, s.dtype))
             sums = loops.row_sums(p, xp=np)
             # Weights are never negative, so a sum is no less than any of them.
             grown = np.nonzero(((sums > CLEAR) | ((m == -math.inf) & (sums > 0)))[..., 0])
-            if len(k) == 1 and len(grown[0]) * SOME <= sums.size:
-                self._repair(p, sums, grown, k, look, rows[0], far)
+            if not len(grown[0]):
                 return p, sums
-            s = self._product(k, rows)
+            if len(grown[0]) * SOME <= sums.size:
+                hidden = p[grown] == 0
+                own = s[grown]
+                top = np.where(hidden, -math.inf, own).max(axis=-1, keepdims=True)
+                self._raise(own, top, grown, rows[0])
+                p[grown] = np.where(hidden, 0, _exp2(own, None, None, out=own))
+                return p, None
         top = _top(s, look, far)
-        grown = np.nonzero(((top > GROWN) | (m == -math.inf))[..., 0])
+        grown = np.nonzero(((top > GROWN) | ((m == -math.inf) & (top > -math.inf)))[..., 0])
         self.growing = self.began and len(grown[0]) * SOME > m.size
-        if len(grown[0]):
-            whole = (*grown[:2], grown[2] + rows[0])
-            minus = self.q[..., -1:][whole]
-            s[grown] -= minus + self._raise(whole, top[grown] - minus)
-        return _exp2(s, look, far), None
+        own = s[grown]
+        self._raise(own, top[grown], grown, rows[0])
+        s[grown] = own
+        return _exp2(s, look, far, out=s), None
 
-    def _repair(
-        self,
-        p: Array,
-        sums: Array,
-        at: tuple[Array, ...],
-        k: Array,
-        look: Look | None,
-        first: int,
-        far: Array | None,
-    ) -> None:
-        """Compute anew the weights and sums of the rows `at`, the first of all being `first`."""
+    def _raise(self, s: Array, top: Array, at: tuple[Array, ...], first: int) -> None:
+        """
+        Bring maxima up to date, and with them sums, and the scores ``s (R, m)``, in place.
+
+        They are those of the rows `at` of a run whose first is `first`; `top` is their largest.
+        """
         whole = (*at[:2], at[2] + first)
-        s = np.matmul(self.q[whole][:, :-1], k[0])
-        hidden = np.zeros(s.shape, bool) if far is None else np.repeat(far, len(s), axis=0)
-        if look is not None:
-            h0, h1 = look.partly
-            part = (whole[2] >= h0) & (whole[2] < h1)
-            seen = np.broadcast_to(look.weights, (*p.shape[:2], h1 - h0, p.shape[3]))
-            hidden[part] |= seen[(*(i[part] for i in at[:2]), whole[2][part] - h0)] == 0
-        s[hidden] = -math.inf
-        s = _exp2(s - self._raise(whole, s.max(axis=-1, keepdims=True)), None, None)
-        s[hidden] = 0
-        p[at], sums[at] = s, loops.row_sums(s, xp=np)
-
-    def _raise(self, whole: tuple[Array, ...], top: Array) -> Array:
-        """Bring maxima of rows, and their sums, up to scores of `top`; what to take off scores."""
         m: Any = self.m
-        old = m[whole]
-        new = np.maximum(old, top + ROOM)
-        shift = np.where(new == -math.inf, 0, new)
+        old, minus = m[whole], self.q[..., -1:][whole]
+        grown = (top > GROWN) | (old == -math.inf)
+        new = np.where(grown, np.maximum(old, top - minus + ROOM), old)
         if self.began:
-            decay = np.exp2(old - shift)
+            decay = np.exp2(old - new)
             self.o[whole] *= decay
             self.l[whole] *= decay
-        m[whole], self.q[(*whole, -1)] = new, -shift[:, 0]
-        return shift
+        s -= minus + new
+        m[whole], self.q[(*whole, -1)] = new, -new[:, 0]
 
     def _add(self, p: Array, sums: Array | None, v: Array, rows: tuple[int, int]) -> None:
         t, g, n = self.shape
@@ -297,9 +282,9 @@ def _top(s: Array, look: Look | None, far: Array | None) -> Array:
     return top
 
 
-def _exp2(s: Array, look: Look | None, far: Array | None) -> Array:
-    """``exp2(s)``, in place, 0 where hidden or `far`; cut where the exponent is extreme."""
-    return _hidden(np.exp2(np.clip(s, lowest(s.dtype), HIGH, out=s), out=s), look, far)
+def _exp2(s: Array, look: Look | None, far: Array | None, *, out: Array) -> Array:
+    """``exp2(s)``, 0 where hidden or `far`; cut where the exponent is extreme."""
+    return _hidden(np.exp2(np.clip(s, lowest(s.dtype), HIGH, out=out), out=out), look, far)
 
 
 def _hidden(p: Array, look: Look | None, far: Array | None) -> Array:

@@ -52,10 +52,6 @@ SMALL, SMALL_KEYS = 1 << 12, 512
 #: Keys of a run where rows are so few that reading keys is what takes the time.
 FEW_KEYS = 1 << 14
 
-#: Numbers of a call's keys and values up to which they are laid out once for all strips, and from
-#: how many strips on: fresh memory costs as much as laying them out twice.
-KEPT, READERS = 1 << 22, 3
-
 #: Rows of a tile that see none of its keys are left out, so many at a time.
 GRAIN = 64
 
@@ -153,8 +149,6 @@ def attend(call: SoftmaxInputs, tile: tuple[int, int] | None) -> tuple[Array, Ar
         # Where they take little time, norms are computed before there are threads to wait for.
         reach = gather.reach(item.k, item.v, call.acc) if item.k.size <= BUDGET else None
         whole = Head(item, out[b], lse[b], reach)
-        if len(plan.strips) >= READERS and call.k.size + call.v.size <= KEPT:
-            whole.kept = {}
         sizes = _heads_at_once(item, plan, math.prod(call.batch))
         alone = whole.cut(1) if len(set(sizes)) > 1 else None
         heads = {many: whole.cut(many, alone) for many in set(sizes)}
@@ -681,8 +675,6 @@ class Head:
         self.call, self.out, self.lse, self.alone = call, out, lse, alone
         self.lock = threading.Lock()
         self._reach = reach
-        # What `_keys` gives, by run; two threads may both have made it, which is no harm.
-        self.kept: dict[tuple[int, int], tuple[Array, Array]] | None = None
         # Softcap and bias change scores after the product, and bounds on them with it.
         self.plain = call.bias is None and call.softcap is None
 
@@ -704,7 +696,6 @@ class Head:
             arrays = self.out, self.lse, self._reach, alone
             own = (None if x is None else x[h : h + many] for x in arrays)
             parts.append(Head(head_item(self.call, h, many), *own))
-            parts[-1].kept = None if self.kept is None else {}
         return parts
 
     def run(self, strip: Strip) -> None:
@@ -792,13 +783,7 @@ class Head:
         h, n, d = k.shape
         if n == m and not loops.unpacked():
             return k.mT, v
-        # Small products are faster from keys that lie transposed, and values at the lines' begin.
-        if n == m and not run.parts and self.kept is not None:
-            pair = self.kept.get((run.j0, run.j1))
-            if pair is None:
-                kt = loops.turn(k, out=loops.spread_rows(None, (h, d, m), k.dtype))
-                pair = self.kept[run.j0, run.j1] = kt, loops.laid_out(v, None)
-            return pair
+        # Small products are faster from keys that lie transposed and values that begin with a line.
         kt = loops.turn(k, out=loops.spread_rows("keys", (h, d, n), k.dtype))
         if n == m:
             return kt, loops.laid_out(v, "laid out")

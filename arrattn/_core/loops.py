@@ -417,20 +417,22 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     return room[start : start + size].view(dtype).reshape(shape)
 
 
-def laid_out(x: Array, slot: str | None) -> Array:
+def laid_out(x: Array, slot: str) -> Array:
     """
-    A NumPy array as `aligned` makes them: `x`, or its copy in that `slot`, or without one to keep.
+    A contiguous NumPy array that begins where a cache line does: `x` itself, or a copy in a `slot`.
+
+    It is not to be written to.
     """
     if x.flags.c_contiguous and x.__array_interface__["data"][0] % _LINE == 0:
         return x
-    copy = aligned(x.shape, x.dtype) if slot is None else work_space(slot, x.shape, x.dtype)
+    copy = work_space(slot, x.shape, x.dtype)
     np.copyto(copy, x)
     return copy
 
 
-def spread_rows(slot: str | None, shape: tuple[int, ...], dtype: Any) -> Array:
+def spread_rows(slot: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """
-    `work_space`, or without a `slot` an array to keep, whose rows lie an odd number of lines apart.
+    `work_space` whose rows lie an odd number of cache lines apart.
 
     Rows a power of two of bytes apart all fall into the same few sets of the first-level cache,
     which costs a product that reads down its columns a fifth of its speed.
@@ -438,8 +440,7 @@ def spread_rows(slot: str | None, shape: tuple[int, ...], dtype: Any) -> Array:
     *lead, n = shape
     line = _LINE // np.dtype(dtype).itemsize
     apart = (-(-n // line) | 1) * line
-    whole = (*lead, apart)
-    return (aligned(whole, dtype) if slot is None else work_space(slot, whole, dtype))[..., :n]
+    return work_space(slot, (*lead, apart), dtype)[..., :n]
 
 
 def turn(x: Array, *, out: Array) -> Array:
