@@ -17,8 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from arrattn._core import decay, loops, recurrence, tiles
 from arrattn._core.chunks import Chunks, Room
 from arrattn._core.decay import Gates
@@ -45,7 +43,7 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     if x.beta is not None and into is not None:
         # What is not finite stays in the memory to the end, so one need not look for it before.
         found = _run(how._replace(careful=False), x, into)
-        if np.isfinite(found[1]).all():
+        if loops.truth(how.xp.all(how.xp.isfinite(found[1]))):
             return found
     xp = how.xp
     lifted = None if x.key_mask is None else x.key_mask[..., None]

@@ -226,9 +226,10 @@ class Rows:
         t, g, n = self.shape
         r0, r1 = rows
         flat = p.reshape(t, g * (r1 - r0), -1)
+        sums = loops.row_sums(p, xp=np) if sums is None else sums
         if not self.began and (r0, r1) == (0, n):
             loops.small_products(flat, v, out=self.o.reshape(t, g * n, -1))
-            self.l[...] = loops.row_sums(p, xp=np) if sums is None else sums
+            self.l[...] = sums
             self.began = True
             return
         self._begin()
@@ -236,7 +237,7 @@ class Rows:
         loops.small_products(flat, v, out=more)
         for x, y in (
             (self.o, more.reshape(t, g, r1 - r0, -1)),
-            (self.l, loops.row_sums(p, xp=np) if sums is None else sums),
+            (self.l, sums),
         ):
             part = x[:, :, r0:r1]
             np.add(part, y, out=part)
