@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arrattn._core import jobs, native
+from arrattn._core import native, small_heads
 from arrattn._core.engine import attend
 from arrattn._core.inputs import read_softmax
 from arrattn._core.typing import Array
@@ -146,7 +146,7 @@ def attention(
     bare = bare and q_offset is scale is softcap is sinks is None
     if bare and isinstance(is_causal, bool) and return_lse is False and engine == "auto":
         # What a small call costs is its checks.
-        out = None if is_causal else jobs.at_once(q, k, v)
+        out = None if is_causal else small_heads.at_once(q, k, v)
         out = native.at_once(q, k, v, is_causal) if out is None else out
         if out is not None:
             return out

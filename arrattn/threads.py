@@ -5,7 +5,7 @@ from __future__ import annotations
 from numbers import Integral
 from types import TracebackType
 
-from arrattn._core import loops
+from arrattn._core import threads
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
@@ -25,7 +25,7 @@ class _Restore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        loops.ask_num_threads(self.before)
+        threads.ask_num_threads(self.before)
 
 
 def set_num_threads(n: int | None) -> _Restore:
@@ -73,7 +73,7 @@ def set_num_threads(n: int | None) -> _Restore:
     if n is not None and n < 1:
         msg = f"n: expected at least 1, got {n}"
         raise ValueError(msg)
-    return _Restore(loops.ask_num_threads(None if n is None else int(n)))
+    return _Restore(threads.ask_num_threads(None if n is None else int(n)))
 
 
 def get_num_threads() -> int:
@@ -101,4 +101,4 @@ def get_num_threads() -> int:
     >>> arrattn.get_num_threads() >= 1
     True
     """
-    return loops.num_threads()
+    return threads.num_threads()

@@ -69,10 +69,10 @@ SAME = (
 SIZES = (
     "arrattn._core.gated._chunks_at_once",
     "arrattn._core.grouped._chunk_size",
-    "arrattn._core.jobs._cost_of_runs",
-    "arrattn._core.jobs._pairs_at_once",
     "arrattn._core.plan.choose_tile",
     "arrattn._core.select.rows_at_once",
+    "arrattn._core.strips._cost_of_runs",
+    "arrattn._core.strips._pairs_at_once",
 )
 #: A test of a mutant may take so many seconds, and so many times as long as it did before.
 PATIENCE = (10, 20)

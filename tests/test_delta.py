@@ -25,7 +25,7 @@ from arrattn import (
     reference,
     set_num_threads,
 )
-from arrattn._core import gated, loops
+from arrattn._core import gated, threads
 
 # Where every new shape is compiled, or becomes a graph, a few calls stand for the laws.
 eager = pytest.mark.lanes(
@@ -342,7 +342,7 @@ def test_an_item_does_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) 
     # Heads share a job, as many as there are too many for the threads.
     case = tokens(100)
     whole = delta_attention(*case.arrays, **case.options)
-    monkeypatch.setattr(loops, "num_threads", lambda: 5)
+    monkeypatch.setattr(threads, "num_threads", lambda: 5)
     alone = {n: x[1:] for n, x in case.options.items()}
     got = delta_attention(*(x[1:] for x in case.arrays), **alone)
     np.testing.assert_array_equal(got, whole[1:])
@@ -362,8 +362,8 @@ def test_spans_hand_the_memory_on_in_turn(
     monkeypatch.setattr(gated, "_read", late)
     expected, after = reference.delta_steps(*case.arrays, **case.options)
     results = []
-    for threads in (1, 2, 3, 7):
-        with chunks_of(2), set_num_threads(threads):  # eleven spans
+    for workers in (1, 2, 3, 7):
+        with chunks_of(2), set_num_threads(workers):  # eleven spans
             results.append(delta_attention(*case.arrays, return_state=True, **case.options))
     within, state_within = delta_errors(case, "float64", expected)
     for out, state in results:

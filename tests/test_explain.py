@@ -25,14 +25,15 @@ from arrattn._core import (
     engine,
     gated,
     jobs,
-    loops,
     native,
     recurrence,
     select,
     sparse_jobs,
     streams,
+    threads,
 )
 from arrattn._core.plan import Plan
+from arrattn._core.strips import Cut
 from arrattn.explain import Explanation
 from arrattn.patterns import Global, Pattern, Window
 
@@ -84,7 +85,7 @@ def test_every_library_is_explained_and_nothing_is_computed(lane: Lane, family: 
     assert all(f"  {step}" in text for step in why.steps)
 
 
-@pytest.mark.parametrize("name", ["loops.run_jobs", "native._run_torch", "engine.fold"])
+@pytest.mark.parametrize("name", ["threads.run_jobs", "native._run_torch", "engine.fold"])
 def test_no_work_is_done(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         msg = f"{name} was called with {len(args)} and {len(kwargs)} arguments"
@@ -92,7 +93,7 @@ def test_no_work_is_done(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     module, _, function = name.partition(".")
     monkeypatch.setattr(
-        {"loops": loops, "native": native, "engine": engine}[module], function, refuse
+        {"threads": threads, "native": native, "engine": engine}[module], function, refuse
     )
     for family, f in FAMILIES.items():
         for x in (X, torch.from_numpy(X)):
@@ -155,7 +156,7 @@ def test_the_plan_named_is_the_plan_made(
     why = explained(lane, attention, X, X, X, engine="tiles", **options)
     monkeypatch.setattr(module, name, record)
     lane.call(attention, X, X, X, dtype="float32", engine="tiles", **options)
-    if isinstance(made[0], jobs.Cut):
+    if isinstance(made[0], Cut):
         made = [cut.plan for cut in made]
     plans = [x if isinstance(x, Plan) else x[1] for x in made]
     assert repr(why.plan) == repr(plans[0])

@@ -25,7 +25,8 @@ NAMED_FOR_IT = {"loops.py", "native.py", "staging.py"}
 #: Who may import whom: only from a level below, or from beside on the same level.
 LEVELS = [
     {"_core.typing", "_state"},
-    {"_core.loops"},
+    {"_core.loops", "_core.threads"},
+    {"_core.workspace"},
     {"_core.tiles", "_core.decay"},
     {"_core.order", "_core.chunks", "patterns._base"},
     {"patterns._arrays"},
@@ -41,6 +42,8 @@ LEVELS = [
     {"_core.native"},
     {"_core.fold", "_core.gather", "_core.streams"},
     {"_core.few", "_core.routing", "_core.topk"},
+    {"_core.strips"},
+    {"_core.small_heads"},
     {"_core.jobs"},
     {"_core.sparse_jobs", "_core.grouped"},
     {"_core.engine", "_core.select", "_core.recurrence"},

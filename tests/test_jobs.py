@@ -21,9 +21,9 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import few, gather, jobs, loops
+from arrattn._core import few, gather, jobs, small_heads, strips, threads, workspace
 from arrattn._core.inputs import read_softmax
-from arrattn._core.jobs import at_once
+from arrattn._core.small_heads import at_once
 from arrattn.patterns import (
     Blocks,
     Causal,
@@ -210,27 +210,27 @@ def test_documents_side_by_side(causal: bool, size: int) -> None:
 
 def test_documents_side_by_side_look_only_at_their_own_keys() -> None:
     ids = np.repeat(np.arange(8), 500)
-    strips = jobs._cut(Segments(ids, ids), 1, 4000, 4000, 0, None, True).strips
-    assert sum(strip.cost for strip in strips) == 8 * 500 * 500
-    assert not any(run.hide for strip in strips for run in strip.runs)
+    found = strips._cut(Segments(ids, ids), 1, 4000, 4000, 0, None, True).strips
+    assert sum(strip.cost for strip in found) == 8 * 500 * 500
+    assert not any(run.hide for strip in found for run in strip.runs)
 
 
 @pytest.mark.parametrize(("n", "at"), [(2048, 0), (2000, 0), (700, 1300), (512, -100)])
 def test_hardly_more_than_what_causal_order_shows_is_computed(n: int, at: int) -> None:
     pattern = Causal()
-    strips = jobs._cut(pattern, 1, n, n + max(at, 0), at, None, True).strips
+    found = strips._cut(pattern, 1, n, n + max(at, 0), at, None, True).strips
     rows = [
-        (jobs._rows_that_see(pattern, strip.i0, at, strip.rows, run)[0], run)
-        for strip in strips
+        (strips.rows_that_see(pattern, strip.i0, at, strip.rows, run)[0], run)
+        for strip in found
         for run in strip.runs
     ]
     looked = sum((stop - first) * (run.j1 - run.j0) for (first, stop), run in rows)
     shown = sum(max(0, i + at + 1) for i in range(n))
-    assert shown <= looked <= shown + n * (jobs.STEP + jobs.GRAIN)
+    assert shown <= looked <= shown + n * (strips.STEP + strips.GRAIN)
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("size", [jobs.GRAIN, 2 * jobs.GRAIN, 100])
+@pytest.mark.parametrize("size", [strips.GRAIN, 2 * strips.GRAIN, 100])
 def test_rows_between_those_that_see_a_run_may_see_nothing_of_it(size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     table = rng.random(rng.integers(1, 6, 2)) < rng.choice([0.3, 0.7])
@@ -247,7 +247,7 @@ def test_rows_between_those_that_see_a_run_may_see_nothing_of_it(size: int, seed
 
 
 def test_a_pattern_that_shows_some_of_everything_is_not_cut_into_steps() -> None:
-    (strip,) = jobs._cut(Strided(2), 1, 256, 512, 0, None, True).strips
+    (strip,) = strips._cut(Strided(2), 1, 256, 512, 0, None, True).strips
     assert len(strip.runs) == 1
 
 
@@ -267,7 +267,7 @@ def test_every_job_is_in_one_bundle_and_no_bundle_is_large(costs: list[int]) -> 
 def test_global_positions_beside_a_window_cost_what_they_see(width: int) -> None:
     n = 8192
     bare, more = (
-        sum(strip.cost for strip in jobs._cut(pattern, 1, n, n, 0, None, True).strips)
+        sum(strip.cost for strip in strips._cut(pattern, 1, n, n, 0, None, True).strips)
         for pattern in (Window(width, width), Window(width, width) | Global(4))
     )
     assert more - bare <= 2 * 4 * n
@@ -364,12 +364,12 @@ def test_few_queries_of_every_item_head_and_part(
 def test_products_of_a_few_rows_each_are_the_product(
     monkeypatch: pytest.MonkeyPatch, most: int, n: int, k: int, m: int
 ) -> None:
-    monkeypatch.setattr(loops, "unpacked", lambda: most)
+    monkeypatch.setattr(workspace, "unpacked", lambda: most)
     rng = np.random.default_rng(0)
     a = rng.integers(-9, 9, (5, 2, k, n)).astype(np.float32).swapaxes(-1, -2)
     b = rng.integers(-9, 9, (5, 1, k, m)).astype(np.float32)
     space = np.full((5, n, 2, m), np.nan, np.float32)
-    loops.small_products(a, b, out=space.swapaxes(1, 2))
+    workspace.small_products(a, b, out=space.swapaxes(1, 2))
     np.testing.assert_array_equal(space.swapaxes(1, 2), a @ b)
 
 
@@ -386,9 +386,9 @@ def test_the_products_that_a_processor_is_fast_at_change_only_rounding(
     monkeypatch: pytest.MonkeyPatch, most: int, attend: partial[Any]
 ) -> None:
     q, k, v = np.random.default_rng(1).standard_normal((3, 2, 700, 16))
-    monkeypatch.setattr(loops, "unpacked", lambda: 0)
+    monkeypatch.setattr(workspace, "unpacked", lambda: 0)
     whole = attend(q, k, v)
-    monkeypatch.setattr(loops, "unpacked", lambda: most)
+    monkeypatch.setattr(workspace, "unpacked", lambda: most)
     scale = attend.keywords.get("scale")
     close(attend(q, k, v), whole, within=2 * output_error(q, k, v, scale=scale, dtype="float64"))
 
@@ -595,7 +595,7 @@ def test_arrays_that_lie_otherwise_have_the_same_bits_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize(
-    ("heads", "n", "m", "d", "threads", "together"),
+    ("heads", "n", "m", "d", "workers", "together"),
     [
         (12, 256, 256, 64, 1, 4),  # as many tiles as fill the work space
         (12, 256, 256, 64, 2, 3),
@@ -605,37 +605,37 @@ def test_arrays_that_lie_otherwise_have_the_same_bits_for_any_number_of_threads(
     ],
 )
 def test_so_many_heads_are_done_at_once(
-    heads: int, n: int, m: int, d: int, threads: int, together: int, monkeypatch: pytest.MonkeyPatch
+    heads: int, n: int, m: int, d: int, workers: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Counter[int]()
     monkeypatch.setattr(jobs.Head, "run", lambda self, _: seen.update([self.call.heads[0]]))
     rng = np.random.default_rng(0)
     shapes = (heads, n, d), (heads, m, d), (heads, m, d)
-    with set_num_threads(threads):
+    with set_num_threads(workers):
         attention(*(rng.standard_normal(x, dtype=np.float32) for x in shapes))
     assert max(seen) == together
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_every_thread_reads_keys_for_a_few_queries(
-    threads: int, monkeypatch: pytest.MonkeyPatch
+    workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
-    was = loops.run_jobs
+    was = threads.run_jobs
     monkeypatch.setattr(
-        loops, "run_jobs", lambda x, **how: (given.append(len(x)), was(x, **how))[1]
+        threads, "run_jobs", lambda x, **how: (given.append(len(x)), was(x, **how))[1]
     )
     rng = np.random.default_rng(0)
     shapes = (8, 8, 1, 8), (8, 2, 4096, 8), (8, 2, 4096, 8)
-    with set_num_threads(threads):
+    with set_num_threads(workers):
         attention(*(rng.standard_normal(x, dtype=np.float32) for x in shapes))
-    assert given[0] >= threads
+    assert given[0] >= workers
 
 
 def test_heads_are_small_up_to_so_many_pairs_and_keys() -> None:
     for n, m, small in ((64, 64, True), (65, 64, False), (1, 512, True), (1, 513, False)):
         call = read_softmax("attention", *standard_normal(n, m))
-        assert jobs.is_small(call) is small
+        assert small_heads.is_small(call) is small
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 5)])

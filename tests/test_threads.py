@@ -23,7 +23,7 @@ from arrattn import (
     set_num_threads,
     sparse_attention,
 )
-from arrattn._core import loops
+from arrattn._core import threads
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "dense": attention,
@@ -46,7 +46,7 @@ def test_the_same_bits_for_any_number_of_threads(
 ) -> None:
     results = []
     for n in (1, 2, 3, 8):
-        monkeypatch.setattr(loops, "num_threads", lambda n=n: n)
+        monkeypatch.setattr(threads, "num_threads", lambda n=n: n)
         results.append(FAMILIES[family](*arrays(), is_causal=True))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
@@ -61,7 +61,7 @@ def test_the_same_bits_every_time(family: str) -> None:
 
 @families
 def test_several_callers_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "num_threads", lambda: 2)
     expected = [FAMILIES[family](*arrays(seed), is_causal=True) for seed in range(4)]
     got: dict[int, Any] = {}
     start = threading.Barrier(4)
@@ -87,8 +87,8 @@ def test_an_error_in_a_job_reaches_the_caller_and_later_calls_work() -> None:
         raise RuntimeError(msg)
 
     with pytest.raises(RuntimeError, match="on purpose"):
-        loops.run_jobs([fail, *(lambda n=n: done.append(n) for n in range(20))])
-    loops.run_jobs([lambda: done.append(-1)])
+        threads.run_jobs([fail, *(lambda n=n: done.append(n) for n in range(20))])
+    threads.run_jobs([lambda: done.append(-1)])
     assert done[-1] == -1
 
 
@@ -103,33 +103,33 @@ def test_by_default_as_many_threads_as_processors_that_may_be_used(
 def test_blas_is_given_back_when_the_last_of_the_calls_that_overlap_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    threads = [4]
-    settings = lambda: [(lambda: threads[-1], threads.append)]  # noqa: E731
-    monkeypatch.setattr(loops, "_blas_settings", settings)
-    blas = loops._Blas()
+    many = [4]
+    settings = lambda: [(lambda: many[-1], many.append)]  # noqa: E731
+    monkeypatch.setattr(threads, "_blas_settings", settings)
+    blas = threads._Blas()
     with blas.held():
-        assert threads == [4, 1]
+        assert many == [4, 1]
         with blas.held():
             pass
-        assert threads == [4, 1]
-    assert threads == [4, 1, 4]
+        assert many == [4, 1]
+    assert many == [4, 1, 4]
 
 
 def test_jobs_within_jobs_finish() -> None:
     done: list[int] = []
     inner = [lambda n=n: done.append(n) for n in range(5)]
-    loops.run_jobs([lambda: loops.run_jobs(inner) for _ in range(8)])
+    threads.run_jobs([lambda: threads.run_jobs(inner) for _ in range(8)])
     assert sorted(done) == sorted(list(range(5)) * 8)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be placed")
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_each_thread_has_processors_of_its_own(
-    threads: int, monkeypatch: pytest.MonkeyPatch
+    workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = loops._Pool(threads)
-    gate = threading.Barrier(threads, timeout=60)
-    for future in [pool.executor.submit(gate.wait) for _ in range(threads)]:
+    pool = threads._Pool(workers)
+    gate = threading.Barrier(workers, timeout=60)
+    for future in [pool.executor.submit(gate.wait) for _ in range(workers)]:
         future.result()
     mine = os.sched_getaffinity(0)
     for allowed in ({5}, {0, 1}, {1, 4, 6, 7}):
@@ -140,11 +140,11 @@ def test_each_thread_has_processors_of_its_own(
         )
         pool.place()
         assert sorted(placed) == sorted(pool.ids)
-        assert set().union(*placed.values()) == set(sorted(allowed)[:threads]) | (
-            allowed if threads < len(allowed) else set()
+        assert set().union(*placed.values()) == set(sorted(allowed)[:workers]) | (
+            allowed if workers < len(allowed) else set()
         )
         shared = sum(len(on) for on in placed.values())
-        assert shared == max(threads, len(allowed))  # disjoint, as far as they go
+        assert shared == max(workers, len(allowed))  # disjoint, as far as they go
         placed.clear()
         pool.place()
         assert not placed  # nothing has changed since
@@ -153,17 +153,17 @@ def test_each_thread_has_processors_of_its_own(
 
 
 def test_the_caller_waits_while_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "num_threads", lambda: 2)
     ran: list[int] = []
-    loops.run_jobs([lambda: ran.append(threading.get_ident())] * 4)
+    threads.run_jobs([lambda: ran.append(threading.get_ident())] * 4)
     assert len(ran) == 4
     assert threading.get_ident() not in ran
-    loops.run_jobs([lambda: ran.append(threading.get_ident())])  # one job is nothing to share
+    threads.run_jobs([lambda: ran.append(threading.get_ident())])  # one job is nothing to share
     assert ran[-1] == threading.get_ident()
 
 
 def test_a_call_does_not_wait_for_the_jobs_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "num_threads", lambda: 2)
     running, go = threading.Barrier(3, timeout=60), threading.Event()
     told: list[bool] = []
 
@@ -171,11 +171,11 @@ def test_a_call_does_not_wait_for_the_jobs_of_another(monkeypatch: pytest.Monkey
         running.wait()
         told.append(go.wait(20))
 
-    other = threading.Thread(target=loops.run_jobs, args=([long, long],))
+    other = threading.Thread(target=threads.run_jobs, args=([long, long],))
     other.start()
     running.wait()  # both threads of the pool are taken
     done: list[int] = []
-    loops.run_jobs([lambda: done.append(1)] * 4)
+    threads.run_jobs([lambda: done.append(1)] * 4)
     assert len(done) == 4
     go.set()
     other.join()
@@ -193,7 +193,7 @@ def test_jobs_see_the_threads_of_their_caller(monkeypatch: pytest.MonkeyPatch) -
         seen.append(get_num_threads())
 
     for _ in range(3):
-        loops.run_jobs([job] * n)
+        threads.run_jobs([job] * n)
     assert seen == [n] * 3 * n
 
 
@@ -201,11 +201,11 @@ def test_a_system_that_lets_no_thread_be_placed_computes(monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(loops, "_pool", loops._Pool)
+    monkeypatch.setattr(threads, "_pool", threads._Pool)
     monkeypatch.setattr(os, "sched_setaffinity", refuse, raising=False)
     done: list[int] = []
     for _ in range(2):
-        loops.run_jobs([lambda: done.append(1)] * 4)
+        threads.run_jobs([lambda: done.append(1)] * 4)
     assert len(done) == 8
 
 
@@ -257,7 +257,7 @@ def blas_threads() -> list[int]:
 
 
 def test_blas_is_held_while_jobs_run_and_then_restored() -> None:
-    loops._blas_settings.cache_clear()  # other tests may have loaded one since
+    threads._blas_settings.cache_clear()  # other tests may have loaded one since
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         before = blas_threads()
         seen: list[list[int]] = []
@@ -265,7 +265,7 @@ def test_blas_is_held_while_jobs_run_and_then_restored() -> None:
         def job() -> None:
             seen.append(blas_threads())
 
-        loops.run_jobs([job, job])
+        threads.run_jobs([job, job])
         blas = [i["user_api"] == "blas" for i in threadpoolctl.threadpool_info()]
         for counts in seen:
             assert all(n == 1 for n, held in zip(counts, blas, strict=True) if held)
@@ -275,5 +275,5 @@ def test_blas_is_held_while_jobs_run_and_then_restored() -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            loops.run_jobs([interrupted])
+            threads.run_jobs([interrupted])
         assert blas_threads() == before

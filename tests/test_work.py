@@ -36,13 +36,14 @@ from arrattn._core import (
     few,
     gated,
     grouped,
-    jobs,
-    loops,
     plan,
     routing,
     select,
     sparse_jobs,
     streams,
+    strips,
+    threads,
+    workspace,
 )
 from arrattn.patterns import Blocks, Causal, Global, Random, Rectangles, Segments, Window, _random
 
@@ -95,7 +96,7 @@ def counted() -> Iterator[Work]:
             noted = notes(name, getattr(np, name))
             for module in (np, compat_numpy):
                 patch.setattr(module, name, noted)
-        patch.setattr(loops, "work_space", notes("work_space", loops.work_space))
+        patch.setattr(workspace, "work_space", notes("work_space", workspace.work_space))
         yield work
 
 
@@ -156,7 +157,7 @@ def test_causal_order_costs_what_it_shows_and_the_tiles_along_the_diagonal(n: in
     arrays = qkv(n, m)
     work = done(attention, *arrays, is_causal=True)
     shown = sum(range(m - n + 1, m + 1))
-    assert shown <= work.exps <= shown + n * (jobs.STEP + jobs.GRAIN)
+    assert shown <= work.exps <= shown + n * (strips.STEP + strips.GRAIN)
     assert work.products == work.exps * per_pair(arrays)
 
 
@@ -175,7 +176,7 @@ def test_a_window_costs_itself_and_the_corners_of_its_tiles(left: int, right: in
     arrays = qkv(n, g=g)
     work = done(local_attention, *arrays, window=(left, right))
     # Rows of a tile: as few as make an eighth of the window, or the fewest that there are.
-    rows = min(x for x in jobs.BAND_ROWS if 8 * x >= width - 1)
+    rows = min(x for x in strips.BAND_ROWS if 8 * x >= width - 1)
     assert work.exps <= g * n * (width + rows - 1)
     assert work.products <= work.exps * per_pair(arrays)
 
@@ -222,14 +223,14 @@ def test_products_read_what_begins_with_cache_lines_and_fills_the_cache_evenly(
     times: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loops, "unpacked", lambda: 10**6)
-    read, do = [], loops.small_products
+    monkeypatch.setattr(workspace, "unpacked", lambda: 10**6)
+    read, do = [], workspace.small_products
 
     def note(a: Any, b: Any, *, out: Any) -> Any:
         read.append((b.__array_interface__["data"][0], *b.strides[-2:]))
         return do(a, b, out=out)
 
-    monkeypatch.setattr(loops, "small_products", note)
+    monkeypatch.setattr(workspace, "small_products", note)
     rng = np.random.default_rng(0)
     room = rng.standard_normal(3 * 2 * 2048 * 64 + 64, dtype=np.float32)
     first = -room.ctypes.data // 4 % 16 + 5  # between two lines
@@ -250,11 +251,11 @@ def test_products_read_what_begins_with_cache_lines_and_fills_the_cache_evenly(
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 1), (7,), (2, 64, 256)])
 def test_arrays_that_are_laid_out_hold_the_same(shape: tuple[int, ...], dtype: str) -> None:
     x = np.random.default_rng(0).standard_normal((*shape, 2)).astype(dtype)[..., 0]
-    there = loops.laid_out(x, "tests")
+    there = workspace.laid_out(x, "tests")
     np.testing.assert_array_equal(there, x)
     assert there.ctypes.data % 64 == 0
-    assert loops.laid_out(there, "tests") is there
-    apart = loops.spread_rows("tests apart", shape, dtype)
+    assert workspace.laid_out(there, "tests") is there
+    apart = workspace.spread_rows("tests apart", shape, dtype)
     assert apart.shape == shape
     assert apart.ctypes.data % 64 == 0
     assert len(shape) < 2 or apart.strides[-2] // 64 % 2 == 1
@@ -300,10 +301,10 @@ def test_keys_drawn_one_by_one_are_not_looked_at_where_there_surely_are_some(
 
 
 def test_small_calls_wake_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(threads: int) -> Any:
-        raise AssertionError(threads)
+    def refuse(workers: int) -> Any:
+        raise AssertionError(workers)
 
-    monkeypatch.setattr(loops, "_pool", refuse)
+    monkeypatch.setattr(threads, "_pool", refuse)
     with set_num_threads(2):
         for n, m in ((16, 16), (8, 1000), (2, 1500)):
             attention(*qkv(n, m, h=2))
@@ -488,9 +489,9 @@ DECAY = {"is_causal": True, "log_decay": np.full((1, 300), -0.1)}
 SPARSE: dict[str, Any] = {"block_size": 20, "top_k": 9, "route": 3, "is_causal": True}
 #: The functions that mutation testing leaves out, sizes that they may give, and who asks for them.
 SIZES: dict[str, tuple[Any, str, list[Any], Callable[..., Any]]] = {
-    "tiles": (jobs, "choose_tile", [(1, 7), (100, 3), (999, 999)], CALLS["causal"]),
-    "pairs": (jobs, "_pairs_at_once", [0, 1, 5000, 1 << 40], CALLS["causal"]),
-    "steps": (jobs, "_cost_of_runs", [-1, 1], CALLS["causal"]),
+    "tiles": (strips, "choose_tile", [(1, 7), (100, 3), (999, 999)], CALLS["causal"]),
+    "pairs": (strips, "_pairs_at_once", [0, 1, 5000, 1 << 40], CALLS["causal"]),
+    "steps": (strips, "_cost_of_runs", [-1, 1], CALLS["causal"]),
     "rows": (select, "rows_at_once", [1, 7, 999], partial(sparse_attention, softcap=9.0, **SPARSE)),
     "pairs of a block": (
         grouped,
@@ -517,11 +518,11 @@ def test_sizes_decide_how_much_is_done_at_once_and_nothing_else(
             return size * len(args[-1]) if function == "_cost_of_runs" else size
 
         monkeypatch.setattr(module, function, give)
-        jobs._cut_known.cache_clear()
+        strips._cut_known.cache_clear()
         got = call(*arrays)
         monkeypatch.undo()
         close(got, expected, within=2 * output_error(*arrays, dtype="float64"))
-    jobs._cut_known.cache_clear()
+    strips._cut_known.cache_clear()
     assert asked
 
 

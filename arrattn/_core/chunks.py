@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn._core import decay, loops
+from arrattn._core import decay, workspace
 from arrattn._core.decay import Gates
 from arrattn._core.typing import Array, DType
 
@@ -51,7 +51,7 @@ class Room:
         columns = x.v.shape[-1]
 
         def space(slot: str, *shape: int) -> Array:
-            return loops.work_space(f"span {slot}", shape, q.dtype)
+            return workspace.work_space(f"span {slot}", shape, q.dtype)
 
         lead = x.gates.steps.shape[:-2]
         steps = space("steps", *lead, c + 1)
@@ -178,7 +178,7 @@ def _pairs_of_blocks(x: Array) -> list[tuple[Array, ...]]:
         on_diagonal = np.moveaxis(np.diagonal(cut, axis1=-6, axis2=-3), -1, -5)
         on_diagonal.flags.writeable = True  # a view of work space
         first, below, second = (on_diagonal[..., i, :, j, :] for i, j in ((0, 0), (1, 0), (1, 1)))
-        space = loops.work_space("span blocks", below.shape, x.dtype)
+        space = workspace.work_space("span blocks", below.shape, x.dtype)
         found.append((first, below, second, space))
         half *= 2
     return found

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from arrattn._core import loops, online_softmax
+from arrattn._core import online_softmax, threads, workspace
 from arrattn._core.fold import enter, finish
 from arrattn._core.gather import LOG2E, lowest
 from arrattn._core.inputs import SoftmaxInputs
@@ -53,9 +53,9 @@ class Few:
 
     def jobs(self) -> Iterator[tuple[int, Callable[[], None]]]:
         """What is to be run, in any order, each with its cost: reading keys is that of `ROWS`."""
-        (hkv, g), (nq, _), threads = self.call.heads, self.call.lengths, loops.num_threads()
+        (hkv, g), (nq, _), workers = self.call.heads, self.call.lengths, threads.num_threads()
         longest = max((j1 - j0 for j0, j1 in self.parts), default=1)
-        each = -(-math.prod(self.call.batch) * hkv * len(self.parts) // threads)
+        each = -(-math.prod(self.call.batch) * hkv * len(self.parts) // workers)
         lanes = max(1, min(TOGETHER // (g * nq * longest), each))
         for at in _boxes(self.call.batch, self.call.heads[0], lanes):
             q = _cut(self.call.q, at, 4)
@@ -132,13 +132,13 @@ def gather(q: Array, k: Array, v: Array, scale: float) -> State:
     lead = np.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
     r, m = q.shape[-2], k.shape[-2]
     q = q * (scale * LOG2E)
-    s = loops.work_space("scores", (*lead, r, m), q.dtype)
+    s = workspace.work_space("scores", (*lead, r, m), q.dtype)
     for rows, keys in _chunks(s, k, 1 << max(SCORES // r, 1).bit_length() - 1):
         np.matmul(q[..., None, :, :], keys.mT, out=rows)
     top = s.max(axis=-1, keepdims=True, initial=-math.inf)
     np.subtract(s, np.where(top == -math.inf, 0, top), out=s)
     np.exp2(np.maximum(s, lowest(s.dtype), out=s), out=s)
-    total = np.matmul(s, loops.ones_column(m, s.dtype))
+    total = np.matmul(s, workspace.ones_column(m, s.dtype))
     o = sum(np.matmul(rows, values).sum(axis=-3) for rows, values in _chunks(s, v, SUMMED))
     return State(top * (1 / LOG2E), total, o)
 

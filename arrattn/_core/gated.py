@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from arrattn._core import decay, loops, recurrence, tiles
+from arrattn._core import decay, loops, recurrence, threads, tiles, workspace
 from arrattn._core.chunks import Chunks, Room
 from arrattn._core.decay import Gates
 from arrattn._core.order import Order, gather_tokens, merged_order, own_order
@@ -49,14 +49,14 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     lifted = None if x.key_mask is None else x.key_mask[..., None]
     gates = (x.log_decay, None if x.beta is None else x.beta[..., None])
     arrays = [a for a in (x.k, x.v, *gates) if a is not None]
-    sums = (xp.isfinite(loops.sum_of(a, lifted, how.acc, xp=xp)) for a in arrays)
+    sums = (xp.isfinite(workspace.sum_of(a, lifted, how.acc, xp=xp)) for a in arrays)
     return _run(how._replace(careful=not all(loops.truth(a) for a in sums)), x, into)
 
 
 def _run(how: How, x: Operands, into: Array | None) -> tuple[Array, Array, Array]:
     """Do it, knowing whether there may be something that is not finite."""
     xp = how.xp
-    memory, out = recurrence.start_memory(how, x), loops.Pieces(into)
+    memory, out = recurrence.start_memory(how, x), workspace.Pieces(into)
     if 0 in x.q.shape[:-1]:  # nothing that reads
         out.add(recurrence.zeros_out(how, x))
     if 0 not in x.q.shape[:-2]:
@@ -117,7 +117,7 @@ AXES = (-2, -2, -2, -1, -2, -1, -1)
 
 
 def _fold(
-    how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces, step: Any = None
+    how: How, x: Operands, memory: Memory, s: Sequence, out: workspace.Pieces, step: Any = None
 ) -> Memory:
     """Go through a sequence span by span."""
     plain = step is None and s.ids is None and memory.bad is None and memory.log is None
@@ -135,7 +135,7 @@ def _fold(
     return after
 
 
-def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces) -> Memory:
+def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: workspace.Pieces) -> Memory:
     """
     `_fold` on NumPy's threads: each job a span, and the memory handed from one to the next.
 
@@ -183,7 +183,7 @@ def _relay(how: How, x: Operands, memory: Memory, s: Sequence, out: loops.Pieces
         finally:
             turns[i + 1].set()  # after an error too: nobody may wait for it
 
-    loops.run_jobs([partial(job, i) for i in range(len(turns) - 1)])
+    threads.run_jobs([partial(job, i) for i in range(len(turns) - 1)])
     return memory._replace(S=S)
 
 
@@ -227,7 +227,7 @@ def _present(log_decay: Array | None, mask: Array | None, xp: Namespace) -> Any:
     return xp.where(mask[..., None], log_decay, 0.0)
 
 
-def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+def _side_by_side(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> Memory:
     """
     The last query beside the last key: whichever side is longer starts alone.
     """
@@ -235,7 +235,7 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
     both = min(nq, nk)
     if nk > both:
         early = _all_tokens(how, x.keys(0, nk - both), queries=False)
-        memory = _fold(how, x, memory, early, loops.Pieces())
+        memory = _fold(how, x, memory, early, workspace.Pieces())
     if nq > both:
         recurrence.read_all(how, x._replace(q=x.q[..., : nq - both, :]), memory, out)
     if both == 0:
@@ -244,7 +244,7 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
     return _fold(how, rest, memory, _all_tokens(how, rest, queries=True), out)
 
 
-def _sorted(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+def _sorted(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> Memory:
     """
     Segments in any order, or positions that only the arrays know: sort first.
     """
@@ -253,13 +253,13 @@ def _sorted(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
     sequence, order = _in_order(how, x)
     if sequence.ids is not None:
         memory = memory._replace(ids=sequence.ids[..., 0])
-    mixed = loops.Pieces()
+    mixed = workspace.Pieces()
     memory = _fold(how, x, memory, sequence, mixed)
     out.add(gather_tokens(mixed.joined(xp=how.xp), order.row, how))
     return memory
 
 
-def _both_ways(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+def _both_ways(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> Memory:
     """
     Decay on both sides: the keys up to a query in order, and those after it in reverse.
 
@@ -284,7 +284,7 @@ def _both_ways(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memo
     g: Any = ahead.decay
     later = xp.concat([g[..., 1:, :], xp.zeros_like(g[..., :1, :])], axis=-2)
     back = back._replace(decay=xp.flip(later, axis=-2))
-    one, other = loops.Pieces(), loops.Pieces()
+    one, other = workspace.Pieces(), workspace.Pieces()
     memory = _fold(how, x, memory, ahead, one, partial(_span, raw=True))
     _fold(how, x, start, back, other, partial(_span, raw=True, strict=True))
     sums = [one.joined(xp=xp), xp.flip(other.joined(xp=xp), axis=-2)]

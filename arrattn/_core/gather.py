@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn._core import loops
+from arrattn._core import workspace
 from arrattn._core.online_softmax import State
 from arrattn._core.typing import Array, DType
 
@@ -117,10 +117,10 @@ class Rows:
 
     def __init__(self, q: Array, scale: float, dv: int, acc: DType) -> None:
         self.shape = q.shape[:-1]
-        self.q = loops.work_space("queries", q.shape, acc)
+        self.q = workspace.work_space("queries", q.shape, acc)
         np.multiply(q, np.asarray(scale * LOG2E, acc), out=self.q, casting="same_kind")
-        self.o = loops.work_space("sums", (*self.shape, dv), acc)
-        self.l = loops.work_space("totals", (*self.shape, 1), acc)
+        self.o = workspace.work_space("sums", (*self.shape, dv), acc)
+        self.l = workspace.work_space("totals", (*self.shape, 1), acc)
         self.m: Array | None = None
         self.growing = False
         self.began = False
@@ -140,7 +140,7 @@ class Rows:
         # One more column, beside keys with a 1 there, takes what is subtracted from the
         # scores along in the product.
         d = self.q.shape[-1]
-        wider = loops.work_space("wider", (*self.shape, d + 1), self.q.dtype)
+        wider = workspace.work_space("wider", (*self.shape, d + 1), self.q.dtype)
         wider[..., :d], wider[..., d:] = self.q, 0
         self.q = wider
 
@@ -162,15 +162,15 @@ class Rows:
         if self.m is not None:
             d, m = k.shape[-2:]
             if k.strides[-1] == k.itemsize:
-                beside = loops.spread_rows("beside", (t, d + 1, m), k.dtype)
+                beside = workspace.spread_rows("beside", (t, d + 1, m), k.dtype)
             else:
-                beside = loops.work_space("beside", (t, m, d + 1), k.dtype).mT
+                beside = workspace.work_space("beside", (t, m, d + 1), k.dtype).mT
             beside[:, :d], beside[:, d] = k, 1
             k = beside
         n = rows[1] - rows[0]
         q = self.q[:, :, rows[0] : rows[1]].reshape(t, g * n, -1)
-        s = loops.work_space("scores", (t, g * n, k.shape[-1]), self.q.dtype)
-        return loops.small_products(q, k, out=s).reshape(t, g, n, -1)
+        s = workspace.work_space("scores", (t, g * n, k.shape[-1]), self.q.dtype)
+        return workspace.small_products(q, k, out=s).reshape(t, g, n, -1)
 
     def _weights(
         self, k: Array, look: Look | None, rows: tuple[int, int], far: Array | None
@@ -183,8 +183,8 @@ class Rows:
             return _hidden(np.exp2(s, out=s), look, far), None
         m = self.m[:, :, rows[0] : rows[1]]
         if self.began and not self.growing:
-            p = _exp2(s, look, far, out=loops.work_space("weights", s.shape, s.dtype))
-            sums = loops.row_sums(p, xp=np)
+            p = _exp2(s, look, far, out=workspace.work_space("weights", s.shape, s.dtype))
+            sums = workspace.row_sums(p, xp=np)
             # Weights are never negative, so a sum is no less than any of them.
             grown = np.nonzero(((sums > CLEAR) | ((m == -math.inf) & (sums > 0)))[..., 0])
             if not len(grown[0]):
@@ -226,15 +226,15 @@ class Rows:
         t, g, n = self.shape
         r0, r1 = rows
         flat = p.reshape(t, g * (r1 - r0), -1)
-        sums = loops.row_sums(p, xp=np) if sums is None else sums
+        sums = workspace.row_sums(p, xp=np) if sums is None else sums
         if not self.began and (r0, r1) == (0, n):
-            loops.small_products(flat, v, out=self.o.reshape(t, g * n, -1))
+            workspace.small_products(flat, v, out=self.o.reshape(t, g * n, -1))
             self.l[...] = sums
             self.began = True
             return
         self._begin()
-        more = loops.work_space("values", (*flat.shape[:2], v.shape[-1]), flat.dtype)
-        loops.small_products(flat, v, out=more)
+        more = workspace.work_space("values", (*flat.shape[:2], v.shape[-1]), flat.dtype)
+        workspace.small_products(flat, v, out=more)
         for x, y in (
             (self.o, more.reshape(t, g, r1 - r0, -1)),
             (self.l, sums),

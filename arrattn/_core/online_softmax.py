@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from arrattn._core import loops
+from arrattn._core import loops, workspace
 from arrattn._core.tiles import weigh
 from arrattn._core.typing import Array, Namespace
 
@@ -74,17 +74,17 @@ def absorb_with(
     Hidden scores leave the sum. `s` is used up.
     """
     if visible is not None:
-        s = loops.hide(s, visible, xp=xp)
+        s = workspace.hide(s, visible, xp=xp)
     # The result does not depend on the maximum, so gradients need not pass through it.
     top = loops.stop_gradient(xp.max(s, axis=-1, keepdims=True))
     m = top if state is None else xp.maximum(state.m, top)
     shift = _finite(m, xp=xp)
-    p = loops.exp_shifted(s, shift, xp=xp)
+    p = workspace.exp_shifted(s, shift, xp=xp)
     if state is None:
-        return State(m, loops.row_sums(p, xp=xp), weighted(p, visible))
+        return State(m, workspace.row_sums(p, xp=xp), weighted(p, visible))
     decay = xp.exp(state.m - shift)
-    total = state.l * decay + loops.row_sums(p, xp=xp)
-    o = loops.rescale_add(state.o, decay, weighted(p, visible), xp=xp)
+    total = state.l * decay + workspace.row_sums(p, xp=xp)
+    o = workspace.rescale_add(state.o, decay, weighted(p, visible), xp=xp)
     return State(m, total, o)
 
 

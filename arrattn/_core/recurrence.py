@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops, staging, streams, tiles
+from arrattn._core import loops, staging, streams, threads, tiles, workspace
 from arrattn._core.order import gather_tokens, merged_order, own_order
 from arrattn._core.typing import Array, DType, Namespace
 from arrattn._state import LinearState
@@ -184,7 +184,7 @@ def run_threads(
         for h in range(0, hkv, heads)
     ]
     largest = min(how.chunk, max(nq, x.k.shape[-2])) * max(g * dphi, dphi) * max(how.chunk, dv + 1)
-    loops.run_jobs(jobs, small=largest <= loops.SMALL)
+    threads.run_jobs(jobs, small=largest <= threads.SMALL)
     return out, S, z
 
 
@@ -278,7 +278,7 @@ def run(how: How, x: Operands, into: Array | None = None) -> tuple[Array, Array,
     # A sum tells whether all terms are finite, and needs no array to do so.
     sums = (xp.isfinite(xp.sum(a, dtype=how.acc)) for a in (x.k, x.v))
     how = how._replace(careful=not all(loops.truth(a) for a in sums))
-    start, out = start_memory(how, x), loops.Pieces(into)
+    start, out = start_memory(how, x), workspace.Pieces(into)
     if 0 in q.shape[:-2]:  # no heads, or no items: nothing to sort or to sum
         out.add(zeros_out(how, x))
         memory = start
@@ -309,7 +309,7 @@ def features_of(
 # -- Three ways through the tokens ------------------------------------------------------------
 
 
-def _all_at_once(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+def _all_at_once(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> Memory:
     """Every key, and then every query."""
     memory = _absorb_all(how, x, memory)
     read_all(how, x, memory, out)
@@ -323,11 +323,11 @@ def _absorb_all(how: How, x: Operands, memory: Memory) -> Memory:
         return _absorb(memory, read_keys(how, x, *part), how.xp), None
 
     parts = [(x.k, -2), (x.v, -2), (x.key_mask, -1)]
-    after: Memory = over_chunks(step, memory, parts, x.k.shape[-2], how, loops.Pieces())
+    after: Memory = over_chunks(step, memory, parts, x.k.shape[-2], how, workspace.Pieces())
     return after
 
 
-def read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
+def read_all(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> None:
     """Every query, of the same memory."""
 
     def step(carry: tuple[()], part: Any) -> tuple[tuple[()], Array]:
@@ -345,7 +345,7 @@ def read_all(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> None:
         over_chunks(step, (), [(x.q, -2)], x.q.shape[-2], how, out)
 
 
-def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> Memory:
+def _side_by_side(how: How, x: Operands, memory: Memory, out: workspace.Pieces) -> Memory:
     """
     Causal, the last query beside the last key: whichever side is longer starts alone.
     """
@@ -365,7 +365,7 @@ def _side_by_side(how: How, x: Operands, memory: Memory, out: loops.Pieces) -> M
     return after
 
 
-def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
+def _sorted(how: How, x: Operands, start: Memory, out: workspace.Pieces) -> Memory:
     """
     Segments in any order, or positions that only the arrays know: sort, then go causally.
     """
@@ -393,7 +393,7 @@ def _sorted(how: How, x: Operands, start: Memory, out: loops.Pieces) -> Memory:
     )
     parts = [(q, -2), (k, -2), (v, -2), (mask, -1), (order.ids, -1)]
     step = _causal_step(how, x, initial)
-    mixed = loops.Pieces()
+    mixed = workspace.Pieces()
     after = over_chunks(step, memory, parts, q.shape[-2], how, mixed)
     out.add(gather_tokens(mixed.joined(xp=xp), order.row, how))
     return after if order.ids is None else _absorb_all(how, x, start)
@@ -599,7 +599,7 @@ def over_chunks(
     parts: list[tuple[Array | None, int]],
     n: int,
     how: How,
-    out: loops.Pieces,
+    out: workspace.Pieces,
 ) -> Any:
     """
     Fold `step` over chunks of `n` tokens; each of `parts` comes with the axis of its tokens.

@@ -24,6 +24,7 @@ from arrattn._core import (
     routing,
     sparse_jobs,
     staging,
+    threads,
 )
 from arrattn._core.grouped import Grouping, Shared, group, grouped_matmul, share
 from arrattn._core.inputs import Choice, SoftmaxInputs
@@ -399,7 +400,7 @@ def _select_threads(call: SoftmaxInputs, choice: Choice, rows: int | None) -> tu
     keys, finite = prepare(call, choice), fold.all_finite(call)
     step, hulls = _tiles(call, choice, rows)
     into = (out[0], lse[0], selection[0])
-    loops.run_jobs(
+    threads.run_jobs(
         [
             partial(
                 _rows_job,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arrattn import patterns
-from arrattn._core import fold, jobs, loops, routing
+from arrattn._core import fold, jobs, routing, threads, workspace
 from arrattn._core.gather import LOG2E
 from arrattn._core.inputs import Choice, SoftmaxInputs, query_blocks
 from arrattn._core.plan import classify
@@ -84,8 +84,8 @@ def attend(call: SoftmaxInputs, choice: Choice, tiles: Tiles, *, plain: bool) ->
             heads[h] = Head.of(calls[h], own, into[h], hkv)
 
         if plain:
-            loops.run_jobs([partial(begin, h) for h in range(hkv)])
-            loops.run_jobs([job for head in heads if head for job in head.jobs()])
+            threads.run_jobs([partial(begin, h) for h in range(hkv)])
+            threads.run_jobs([job for head in heads if head for job in head.jobs()])
         for h, head in enumerate(heads):
             if head is None or head.lost:
                 found = tiles(calls[h], own)
@@ -189,7 +189,7 @@ class Head:
         self.query_blocks = -(-(self.lead + choice.queries) // self.size)
         self.k, self.v = k, v
         self.kt = _blocks(k, self.size).mT
-        if loops.unpacked():
+        if workspace.unpacked():
             self.kt = np.ascontiguousarray(self.kt)
         self.values = _blocks(v, self.size)
         # A positive power of two changes no digit: it can come before the product.
@@ -299,14 +299,14 @@ class Head:
         n, i0 = (t1 - t0) * size, t0 * size - self.lead
         i = np.arange(i0, i0 + n)
         real = slice(max(-i0, 0), min(nq - i0, n))
-        q = loops.work_space("queries", (self.g, n, call.q.shape[-1]), acc)
+        q = workspace.work_space("queries", (self.g, n, call.q.shape[-1]), acc)
         q[:, : real.start], q[:, real.stop :] = 0, 0
         here = call.q[0, :, i0 + real.start : i0 + real.stop]
         np.multiply(here, self.before, out=q[:, real], dtype=acc)
         rows = self.g * n
-        m = None if self.calm else loops.work_space("shifts", (rows, 1), acc)
-        total = loops.work_space("totals", (rows, 1), acc)
-        sums = loops.work_space("sums", (rows, self.v.shape[1]), acc)
+        m = None if self.calm else workspace.work_space("shifts", (rows, 1), acc)
+        total = workspace.work_space("totals", (rows, 1), acc)
+        sums = workspace.work_space("sums", (rows, self.v.shape[1]), acc)
         for x, value in ((m, -math.inf), (total, 0), (sums, 0)):
             if x is not None:
                 x[...] = value
@@ -389,16 +389,16 @@ class Head:
 
         q, total, m = cut(span.q), cut(span.total), None if span.m is None else cut(span.m)
         keys = slice(t + self.first, stop + self.first)
-        s = loops.work_space("scores", (self.g, stop - t, r1 - r0, j1 - j0), self.k.dtype)
-        loops.small_products(q, self.kt[keys, :, j0:j1], out=s)
+        s = workspace.work_space("scores", (self.g, stop - t, r1 - r0, j1 - j0), self.k.dtype)
+        workspace.small_products(q, self.kt[keys, :, j0:j1], out=s)
         if self.after != 1.0:
             s *= self.after
         hidden = self._hide_own(s, span, t, part)
         if m is not None:
             np.max(s, axis=-1, keepdims=True, initial=-math.inf, out=m)
         self._exp(s, None if m is None else np.where(m == -math.inf, 0, m), hidden=hidden)
-        total[...] = np.matmul(s, loops.ones_column(j1 - j0, s.dtype))
-        loops.small_products(s, self.values[keys, j0:j1], out=cut(span.sums))
+        total[...] = np.matmul(s, workspace.ones_column(j1 - j0, s.dtype))
+        workspace.small_products(s, self.values[keys, j0:j1], out=cut(span.sums))
 
     def _hide_own(self, s: Any, span: Span, t: int, part: Part) -> bool:
         """Hide what is not seen of own blocks from `t` on, in the scores of a part; whether any."""
@@ -462,14 +462,14 @@ class Head:
         order, visits = self._by_block(ids)
         row = order // route
         none = slice(visits[-1][0].stop if visits else 0, len(order))
-        q = loops.work_space("chosen queries", (len(order), span.q.shape[1]), acc)
+        q = workspace.work_space("chosen queries", (len(order), span.q.shape[1]), acc)
         np.take(span.q, row + first, axis=0, out=q, mode="clip")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        o = loops.work_space("chosen values", (len(order), dv), acc)
-        total = loops.work_space("chosen totals", (len(order), 1), acc)
+        o = workspace.work_space("chosen values", (len(order), dv), acc)
+        total = workspace.work_space("chosen totals", (len(order), 1), acc)
         most = len(order) if held else max((at.stop - at.start for at, _ in visits), default=0)
-        s = loops.work_space("chosen scores", (most, size), acc)
+        s = workspace.work_space("chosen scores", (most, size), acc)
         hidden = none.start < none.stop
         for at, block in visits:
             part = s[at] if held else s[: at.stop - at.start]
@@ -478,17 +478,17 @@ class Head:
             if not held:
                 p = self._exp(part, None, hidden=some)
                 np.matmul(p, self.values[block], out=o[at])
-                total[at] = loops.row_sums(p, xp=np)
+                total[at] = workspace.row_sums(p, xp=np)
         if held:
             s[none] = -math.inf
             p = self._weights(span, first, ids, s, place, row, hidden=hidden)
             for at, block in visits:
                 np.matmul(p[at], self.values[block], out=o[at])
-            total[...] = loops.row_sums(p, xp=np)
+            total[...] = workspace.row_sums(p, xp=np)
         o[none], total[none] = 0, 0
-        one = loops.ones_column(route, acc).T
+        one = workspace.ones_column(route, acc).T
         for x, parts in ((span.sums, o), (span.total, total)):
-            by_row = loops.work_space("by row", parts.shape, acc)
+            by_row = workspace.work_space("by row", parts.shape, acc)
             np.take(parts, place, axis=0, out=by_row, mode="clip")
             x[first : first + n] += np.matmul(one, by_row.reshape(n, route, -1))[:, 0]
 
@@ -546,7 +546,7 @@ class Head:
         wide = route * size
         q, total, sums = (x.reshape(many, size, -1) for x in (span.q, span.total, span.sums))
         m = None if span.m is None else span.m.reshape(many, size, 1)
-        small = loops.unpacked() > 0
+        small = workspace.unpacked() > 0
         keys = self.kt if small else self.kt.mT
         at_once = max(1, TILE // (size * wide))
         for a in range(0, many, at_once):
@@ -555,16 +555,16 @@ class Head:
             none = part == self.n_blocks
             part = np.where(none, 0, part)
             k, v = (
-                np.take(x, part, axis=0, mode="clip", out=loops.work_space(
+                np.take(x, part, axis=0, mode="clip", out=workspace.work_space(
                     slot, (n, route, *x.shape[1:]), q.dtype
                 ))
                 for slot, x in (("keys of units", keys), ("values of units", self.values))
             )  # fmt: skip
             v = v.reshape(n, wide, -1)
-            s = loops.work_space("scores", (n, size, wide), q.dtype)
+            s = workspace.work_space("scores", (n, size, wide), q.dtype)
             by_block = s.reshape(n, size, route, size).swapaxes(1, 2)
             if small:
-                loops.small_products(q[here, None], k, out=by_block)
+                workspace.small_products(q[here, None], k, out=by_block)
             else:
                 np.matmul(q[here], k.reshape(n, wide, -1).mT, out=s)
             by_block[none] = -math.inf
@@ -576,9 +576,9 @@ class Head:
                 self._lift(span, rows, np.max(s, axis=-1).reshape(-1, 1))
             hidden = bool(none.any() or self.nk % size)
             p = self._exp(s, None if m is None else m[here], hidden=hidden)
-            more = loops.work_space("values", (n, size, sums.shape[-1]), q.dtype)
-            sums[here] += loops.small_products(p, v, out=more)
-            total[here] += np.matmul(p, loops.ones_column(wide, p.dtype))
+            more = workspace.work_space("values", (n, size, sums.shape[-1]), q.dtype)
+            sums[here] += workspace.small_products(p, v, out=more)
+            total[here] += np.matmul(p, workspace.ones_column(wide, p.dtype))
 
     def _chosen(self, span: Span) -> Array:
         """The blocks of each row, ``(R, route)``, ascending, padded with the number of blocks."""
@@ -642,11 +642,11 @@ class Head:
     def _best(self, s: Array, place: Array, row: Array, n: int) -> Array:
         """Which of the scores ``s (pairs, size)`` are the best of their row of `n`."""
         k, size = self.choice.top_k, self.size
-        wide = loops.work_space("by row", (len(place), size), s.dtype)
+        wide = workspace.work_space("by row", (len(place), size), s.dtype)
         np.take(s, place, axis=0, out=wide, mode="clip")
         reached = kth_largest(wide.reshape(n, -1), k)
         bound = np.maximum(reached, np.finfo(s.dtype).min)
-        chosen = loops.work_space("chosen", s.shape, bool)
+        chosen = workspace.work_space("chosen", s.shape, bool)
         np.greater_equal(s, bound[row, None], out=chosen)
         if (reached > -math.inf).all() and np.count_nonzero(chosen) == n * k:
             return chosen  # as at least `k` of each row are
@@ -698,10 +698,10 @@ class Head:
         j = (blocks[:, None] * size + np.arange(size)).reshape(-1)
         whole = j[-1] - j[0] == len(j) - 1
         at: Any = slice(int(blocks[0]), int(blocks[-1]) + 1) if whole else blocks
-        s = loops.work_space("all scores", (len(span.q), len(j)), span.q.dtype)
+        s = workspace.work_space("all scores", (len(span.q), len(j)), span.q.dtype)
         by_block = s.reshape(len(s), -1, size).swapaxes(0, 1)
-        if loops.unpacked():
-            loops.small_products(span.q, self.kt[at], out=by_block)
+        if workspace.unpacked():
+            workspace.small_products(span.q, self.kt[at], out=by_block)
         else:
             np.matmul(span.q, self.kt.mT[at].reshape(len(j), -1).T, out=s)
         if self.after != 1.0:
@@ -758,10 +758,10 @@ class Head:
         step = max(1, PICKED // max(1, keys.shape[1] * dv))
         for a in range(0, len(p), step):
             here = keys[a : a + step]
-            v = loops.work_space("picked", (*here.shape, dv), p.dtype)
+            v = workspace.work_space("picked", (*here.shape, dv), p.dtype)
             np.take(self.v, here, axis=0, out=v, mode="clip")
             span.sums[a : a + step] += np.matmul(p[a : a + step, None, :], v)[:, 0]
-        span.total[...] += loops.row_sums(p, xp=np)
+        span.total[...] += workspace.row_sums(p, xp=np)
 
 
 def _square(x: Array) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn._core import loops
+from arrattn._core import workspace
 from arrattn._core.typing import Array, DType
 from arrattn._state import LinearState
 from arrattn.feature_maps import FeatureMap
@@ -113,13 +113,13 @@ class _Head:
 
     def _read(self, start: int, stop: int) -> int:
         """Write the outputs of queries that see the sums, up to a block that does not fit."""
-        S = loops.laid_out(self.S, "linear memory")
+        S = workspace.laid_out(self.S, "linear memory")
         for i in range(start, stop, self.block):
             rows = slice(i, min(i + self.block, stop))
             for g in range(len(self.out)):
                 phi, out = self._queries(g, rows), self.out[g, rows]
                 top = self._tops(out)
-                loops.small_products(phi, S, out=top)
+                workspace.small_products(phi, S, out=top)
                 if not self._finish(phi, top, np.matmul(phi, self.z[:, None]), out):
                     return i
         return stop
@@ -148,7 +148,7 @@ class _Head:
         totals = self._space("totals", (count + 1, len(self.z), 1))
         kt = self._space("turned", (count, len(self.z), c))
         kt[...] = k.mT  # small products are faster from keys that lie transposed
-        one = loops.ones_column(c, kt.dtype)
+        one = workspace.ones_column(c, kt.dtype)
         np.matmul(kt, v, out=products)
         np.matmul(kt, one, out=totals[1:])
         before[0], totals[0, :, 0] = self.S, self.z
@@ -173,7 +173,7 @@ class _Head:
         return True
 
     def _space(self, slot: str, shape: tuple[int, ...]) -> Array:
-        return loops.work_space(f"linear {slot}", shape, self.job.acc)
+        return workspace.work_space(f"linear {slot}", shape, self.job.acc)
 
     def _held(self, x: Array, slot: str) -> Array:
         """Tokens in the accumulation dtype, as BLAS can read them."""
@@ -206,7 +206,7 @@ class _Head:
             v = np.where(there[:, None], v, 0)
             phi[~there], held = 0, held[there]
         # Some maps make a feature of 0, and others one of 1, of a key at infinity.
-        if not np.isfinite(np.matmul(loops.ones_column(len(held), held.dtype).T, held)).all():
+        if not np.isfinite(np.matmul(workspace.ones_column(len(held), held.dtype).T, held)).all():
             phi[0] = math.nan
         return phi, v
 
@@ -219,7 +219,7 @@ class _Head:
         products = self._space("products", (len(k), *S.shape))
         for product in np.matmul(k.mT, values, out=products):
             np.add(S, product, out=S)
-        return S, self.z + np.matmul(loops.ones_column(len(phi), phi.dtype).T, phi)[0]
+        return S, self.z + np.matmul(workspace.ones_column(len(phi), phi.dtype).T, phi)[0]
 
     def _holds(self, S: Array, z: Array, v: Array) -> bool:
         """Whether these sums, and the keys in them, are all that they should be."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from arrattn._core import loops
+from arrattn._core import loops, workspace
 from arrattn._core.typing import Array, Device, Namespace
 
 
@@ -209,11 +209,11 @@ def group_matmul(rows: Array, keys: Array, *, xp: Namespace, slot: str | None = 
     """
     ``(..., Hkv, G, n, d) @ (..., Hkv, d, m)``: one product per key head, no key repeated.
 
-    With a `slot` it is short-lived: see `loops.product`.
+    With a `slot` it is short-lived: see `workspace.product`.
     """
     *lead, g, n, d = rows.shape
     rows = xp.reshape(rows, (*lead, g * n, d))
-    out = xp.matmul(rows, keys) if slot is None else loops.product(rows, keys, slot, xp=xp)
+    out = xp.matmul(rows, keys) if slot is None else workspace.product(rows, keys, slot, xp=xp)
     return xp.reshape(out, (*out.shape[:-2], g, n, out.shape[-1]))
 
 
@@ -245,7 +245,7 @@ def weigh(
     finite : bool, optional
         Whether all of `v` is known to be finite; None when it is not known.
     slot : str, optional
-        For a result that is used up at once: see `loops.product`.
+        For a result that is used up at once: see `workspace.product`.
 
     Returns
     -------

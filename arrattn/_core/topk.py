@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arrattn._core import loops
+from arrattn._core import workspace
 from arrattn._core.typing import Array
 
 #: The most numbers of one group.
@@ -76,7 +76,7 @@ def best_of(s: Array, k: int) -> Best:
     if np.isnan(tops).any():
         return _highest(s, every, k)
     bound = np.maximum(kth_largest(tops, k), np.finfo(s.dtype).min)
-    above = np.greater_equal(s, bound[:, None], out=loops.work_space("above", s.shape, bool))
+    above = np.greater_equal(s, bound[:, None], out=workspace.work_space("above", s.shape, bool))
     flat = true_of(above.reshape(-1))
     starts = np.arange(n)[:, None] * m
     edges = np.searchsorted(flat, np.arange(n + 1) * m)

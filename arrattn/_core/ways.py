@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from arrattn._core import engine, jobs, loops, native, select, sparse_jobs
+from arrattn._core import engine, jobs, loops, native, select, small_heads, sparse_jobs, threads
 from arrattn._core.inputs import Choice, SoftmaxInputs
 from arrattn._core.plan import Plan
 
@@ -53,12 +53,12 @@ def softmax(call: SoftmaxInputs) -> Way:
 
 def _threads(call: SoftmaxInputs) -> Way:
     nq, nk = call.lengths
-    if jobs.is_small(call):
+    if small_heads.is_small(call):
         small = ("small heads, many at once, all of their pairs",)
         return Way("tiles", small, products=pair_products(call, nq * nk))
     cuts = [cut for *_, cut in jobs.items(call)]
     first, looked = cuts[0], sum(strip.cost for cut in cuts for strip in cut.strips)
-    steps = [f"jobs of some queries of a head or several, on up to {loops.num_threads()} threads"]
+    steps = [f"jobs of some queries of a head or several, on up to {threads.num_threads()} threads"]
     if first.band_rows is not None:
         rows = first.band_rows
         steps.append(f"{rows} queries at a time, with the whole band of keys that they see")

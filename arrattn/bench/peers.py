@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arrattn._core.loops import num_threads
+from arrattn._core.threads import num_threads
 from arrattn.bench import ours, peers_linear, peers_sparse
 from arrattn.bench.contestant import Build, Contestant
 from arrattn.bench.problem import Host, Problem

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from arrattn._core.loops import num_threads
+from arrattn._core.threads import num_threads
 from arrattn.bench.contestant import Contestant
 from arrattn.bench.rounds import Clock
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from arrattn._core.loops import num_threads
+from arrattn._core.threads import num_threads
 from arrattn.bench import report, speed_record
 from arrattn.bench.cases import GROUPS
 from arrattn.bench.contest import Job, LeftOut, Result, choose_jobs, run_job

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core import loops
+from arrattn._core import loops, workspace
 from arrattn._core.typing import Array, Namespace
 from arrattn.feature_maps._base import FeatureMap, Features
 
@@ -41,7 +41,7 @@ class _Signed(_Plain):
 class _EluPlusOne(_Plain):
     def write_q(self, x: Array, out: Array, weights: Array | None = None) -> None:
         del weights
-        zeros, held = loops.zeros_like(x), loops.work_space("elu", x.shape, x.dtype)
+        zeros, held = workspace.zeros_like(x), workspace.work_space("elu", x.shape, x.dtype)
         np.exp(np.minimum(x, zeros, out=out), out=out)
         np.add(out, np.maximum(x, zeros, out=held), out=out)
 
@@ -51,7 +51,7 @@ class _EluPlusOne(_Plain):
 class _Relu(_Plain):
     def write_q(self, x: Array, out: Array, weights: Array | None = None) -> None:
         del weights
-        np.maximum(x, loops.zeros_like(x), out=out)
+        np.maximum(x, workspace.zeros_like(x), out=out)
 
     write_k = write_q
 

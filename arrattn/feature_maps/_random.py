@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from arrattn._core.loops import device_of, small_products, work_space
+from arrattn._core.loops import device_of
 from arrattn._core.typing import Array, Namespace
+from arrattn._core.workspace import small_products, work_space
 from arrattn.feature_maps._base import FeatureMap, Features, read_rng, require_int
 
 LOG2E = math.log2(math.e)
