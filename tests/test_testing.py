@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import find, settings
+from hypothesis import Phase, find, given, settings
 
 import arrattn
 from arrattn.cli import main
-from arrattn.testing import CHOICES, LAWS, check, conformance, pytest_laws
+from arrattn.testing import CHOICES, LAWS, check, conformance, long, pytest_laws
 from arrattn.testing.adapters import ADAPTERS, adapter_of
-from arrattn.testing.check import check_subject, read_laws
+from arrattn.testing.check import check_subject, read_laws, read_subject
 from arrattn.testing.memory import peaks
+from arrattn.testing.run import BrokenLawError, Run
 from arrattn.testing.strategies import cases
 from arrattn.testing.subject import FAMILIES, family_of
 
@@ -227,6 +228,73 @@ def test_results_that_come_and_go_are_a_failure() -> None:
 
     report = check(noisy, laws=["same-input-same-bits"], examples=20, lacks=LACKS)
     assert "same-input-same-bits" in report.failed
+
+
+# -- Several tiles ----------------------------------------------------------------------------
+
+LONG = "equals-the-equation-at-odd-lengths"
+
+
+def late(q: Any, k: Any, v: Any, /, *, mask: Any = None) -> Any:
+    """With a mask, nothing is seen from the second tile of queries on."""
+    out = plain(q, k, v, mask=mask)
+    if mask is not None:
+        out[..., 64:, :] = 0
+    return out
+
+
+def positions_first(attend: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    out = attend(*(np.swapaxes(x, -2, -3) for x in (q, k, v)), mask=mask)
+    return np.swapaxes(out, -2, -3)
+
+
+def right_bnhd(q: Any, k: Any, v: Any, /, *, mask: Any = None) -> Any:
+    return positions_first(right, q, k, v, mask)
+
+
+def late_bnhd(q: Any, k: Any, v: Any, /, *, mask: Any = None) -> Any:
+    return positions_first(late, q, k, v, mask)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "due", "layout"), [(late, right, "bhnd"), (late_bnhd, right_bnhd, "bnhd")]
+)
+def test_a_mistake_between_tiles_is_found_and_its_program_is_short(
+    wrong: Any, due: Any, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"layout": layout, "lacks": LACKS, "examples": 30}
+    assert check(due, laws=[LONG], **how).passed
+    found = check(wrong, laws=[LONG], **how).failed[LONG].counterexample
+    assert found is not None
+    assert len(found.script) < 1200
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[wrong.__module__])
+    with pytest.raises(AssertionError):
+        run_script(found.script)
+    run_script(found.script.replace(f"import {wrong.__name__} as", f"import {due.__name__} as"))
+
+
+@families
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_calls_over_tiles_are_written_by_expressions(library: str, family: str) -> None:
+    subject = read_subject(FUNCTIONS[family], xp=library, laws=family)
+
+    @settings(database=None, max_examples=20, deadline=None, phases=[Phase.generate])
+    @given(long.cases(family, dtypes=subject.wide))
+    def written(case: Any) -> None:
+        run = Run(subject)
+        got = run("got", case).out.array
+        run.constants["got_before"] = got.reshape(-1)[:1]
+        script = run.script(BrokenLawError("", "assert got.reshape(-1)[0] == got_before[0]"))
+        assert len(script) < 1800, script
+        run_script(script)
+
+    written()
+
+
+@families
+def test_our_functions_keep_the_law_over_tiles_where_calls_are_compiled(family: str) -> None:
+    report = check(FUNCTIONS[family], xp="jax", laws=[LONG], dtypes=["float32"], examples=2)
+    assert report.passed, list(report.failed.values())
 
 
 # -- Memory -----------------------------------------------------------------------------------

@@ -133,6 +133,8 @@ class Case:
         The dtype that the call is made in; the values are exact in it.
     top_left : bool, default: False
         Whether the first query stands at the first key unless `q_offset` says otherwise.
+    made : dict of str to array
+        Expressions that make long arrays of the call, for who writes it down.
     """
 
     q: Host
@@ -142,6 +144,7 @@ class Case:
     how: str = ""
     dtype: str = "float64"
     top_left: bool = False
+    made: dict[str, Host] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={brief(x)}" for name, x in self.options.items())

@@ -24,6 +24,9 @@ PATTERNS = (
     "Where", "Window",
 )  # fmt: skip
 
+#: More numbers than these are not written one by one where they need not be.
+SHORT = 512
+
 HOST = {
     "torch": "x.detach().double().numpy()",
     "cupy": "np.asarray(x.get(), np.float64)",
@@ -60,6 +63,8 @@ class Call:
         Whether its memory is measured in place of its result.
     sent : list, optional
         The arrays that were handed over.
+    made : dict of str to array
+        Expressions that make arrays of the call, in our layout.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Call:
     weights: Host | None = None
     measured: bool = False
     sent: list[Any] = field(default_factory=list)
+    made: Mapping[str, Host] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -89,6 +95,7 @@ class _Writer:
         self.lines: list[str] = []
         self.names: dict[Any, str] = {}
         self.taken: set[str] = set()
+        self.expressions: dict[str, Host] = {}
 
     def array(self, name: str, x: Host, dtype: str) -> str:
         """Define an array, or find that it is there; its name."""
@@ -112,12 +119,23 @@ class _Writer:
         kind = f", dtype={self.dtype(dtype)}" if x.dtype.kind == "f" else ""
         if x.dtype.kind in "iu" and x.dtype != np.int64:
             kind = f", dtype={self.dtype(x.dtype.name)}"
-        if x.size > 512 and np.all(x == x.flat[0]) and x.dtype.kind == "f":
+        if x.size > SHORT and np.all(x == x.flat[0]) and x.dtype.kind == "f":
             return f"{alias}.full({x.shape}, {x.flat[0].item()!r}{kind})"
         if x.size == 0:
             kind = kind or f", dtype={alias}.{'bool' if x.dtype.kind == 'b' else 'int64'}"
             return f"{alias}.zeros({x.shape}{kind})"
-        return f"{make}({literal(x)}{kind})"
+        return f"{make}({self.expression(x) or literal(x)}{kind})"
+
+    def expression(self, x: Host) -> str:
+        """What makes an array, if that is known: as it is, in the other layout, or reshaped."""
+        for text, array in self.expressions.items():
+            forms = {text: array}
+            if array.ndim > 2:
+                forms[f"np.swapaxes({text}, -2, -3)"] = np.swapaxes(array, -2, -3)
+            for form, y in forms.items():
+                if x.dtype == y.dtype and np.array_equal(x.reshape(-1), y.reshape(-1)):
+                    return form if x.shape == y.shape else f"np.reshape({form}, {x.shape})"
+        return ""
 
     def dtype(self, name: str) -> str:
         if hasattr(self.library.module, name):
@@ -141,6 +159,7 @@ class _Writer:
         return x.spell(call.dim) if isinstance(x, NamedMap) else repr(x)
 
     def call(self, call: Call) -> None:
+        self.expressions.update(call.made)
         arrays = [self.array(n, x, call.dtype) for n, x in zip("qkv", call.arrays, strict=True)]
         options = [f"{n}={self.option(n, x, call)}" for n, x in call.keywords.items()]
         if call.weights is not None:

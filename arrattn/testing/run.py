@@ -21,6 +21,8 @@ from arrattn.testing.values import Value
 __all__ = ["BrokenLawError", "Outcome", "Run"]
 
 Host = np.ndarray[Any, Any]
+#: Of more numbers than these, a counterexample names the one that is missed.
+SHORT = 64
 NOTHING = Value("nothing", np.zeros(0))
 
 
@@ -172,6 +174,7 @@ class Run:
             arrays, keywords = self.subject.translate(*arrays, **keywords)
         beside = (lse, state, chosen)
         call = paste.Call(name, case.dtype, list(arrays), keywords, *beside, case.q.shape[-1])
+        call.made = case.made
         self.calls.append(call)
         return call
 
@@ -302,7 +305,9 @@ class Run:
             If they do not.
         """
         if not isinstance(expected, Value):
-            expected = self.let("expected", expected)
+            expected = np.asarray(expected)
+            short = expected.size <= SHORT
+            expected = self.let("expected", expected) if short else Value("", expected)
         shape = expected.shape
         if got.shape != shape:
             text = f"shape {got.shape} where {shape} is due"
@@ -423,7 +428,8 @@ def _difference(at: tuple[int, ...], got: Any, expected: Any, within: float, op:
 def _check(
     got: Value, expected: Value, at: tuple[int, ...], value: Any, within: float, op: str
 ) -> list[str]:
-    lines = [f"got = {got.text}[{index(at)}]", f"expected = {expected.text}[{index(at)}]"]
+    due = f"{expected.text}[{index(at)}]" if expected.text else repr(value.item())
+    lines = [f"got = {got.text}[{index(at)}]", f"expected = {due}"]
     lines.append("print(got, expected)")
     if op == "==" and np.isnan(value):
         return [*lines, "assert np.isnan(got)"]

@@ -9,6 +9,7 @@ from museum import (
     memory,
     parts,
     scores,
+    tiles,
     visibility,
     windows,
 )
@@ -27,4 +28,4 @@ RIGHT = {
 }
 
 __all__ = ["EXHIBITS", "RIGHT", "Exhibit"]
-del choices, features, gradients, heads, hidden, memory, parts, scores, visibility, windows
+del choices, features, gradients, heads, hidden, memory, parts, scores, tiles, visibility, windows

@@ -10,10 +10,12 @@ import pytest
 
 from arrattn import testing
 from museum import EXHIBITS, RIGHT, Exhibit
-from museum.matrix import CAUGHT, missed, report_of
+from museum.matrix import CAUGHT, failed, laws_of, missed, report_of
 
 #: For every exhibit the laws that have to catch it, as museum/matrix.py has found them.
 EXPECTED: dict[str, list[str]] = json.loads(CAUGHT.read_text())
+
+BY_TILES = [x for x in EXHIBITS if type(x.attend).__module__ == "museum.tiles"]
 
 
 @pytest.mark.parametrize("exhibit", EXHIBITS, ids=repr)
@@ -24,6 +26,13 @@ def test_every_exhibit_is_caught(exhibit: Exhibit) -> None:
 
 def test_every_law_catches_an_exhibit() -> None:
     assert {law for laws in EXPECTED.values() for law in laws} == set(testing.LAWS)
+
+
+@pytest.mark.parametrize("exhibit", BY_TILES, ids=repr)
+def test_what_is_right_in_one_tile_is_wrong_at_length_alone(exhibit: Exhibit) -> None:
+    (law,) = EXPECTED[repr(exhibit)]
+    short = [name for name in laws_of(exhibit) if name != law]
+    assert not failed(exhibit, short)
 
 
 @pytest.mark.parametrize("family", RIGHT)

@@ -150,6 +150,9 @@ CHOICES = [
     {"block_size": 3, "top_k": 0, "always": Window(1, 0), "return_selection": True},
     {"block_size": 3, "top_k": 1, "always": Global(1), "return_selection": True},
 ]
+TILES = tuple(RNG.normal(size=(1, 200, 2)) for _ in "qkv")
+BY_BLOCKS = np.kron([[1, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0], [1, 0, 1, 1]], np.ones((64, 64)))
+LENGTHY: dict[str, Any] = {"mask": BY_BLOCKS[:200, :200] > 0}
 GIVEN = np.where(RNG.random((4, 6, 5)) < 0.3, -np.inf, RNG.normal(size=(4, 6, 5)))
 WITH_GIVEN: list[tuple[tuple[Array, ...], dict[str, Any]]] = [
     ((Q, K, V), {"block_size": 2, "block_scores": GIVEN, "select": s, "top_k": n, "route": n})
@@ -184,18 +187,21 @@ DELTA: list[dict[str, Any]] = [
 def calls_of(family: str) -> list[tuple[tuple[Array, ...], dict[str, Any]]]:
     """Calls in which a wrong attention of the family may give itself away."""
     if family == "local":
-        return [(x, o | {"window": w}) for x, o in CALLS for w in WINDOWS]
+        near = [(x, o | {"window": w}) for x, o in CALLS for w in WINDOWS]
+        return [*near, (TILES, {"window": (8, 0)})]
     if family == "sparse":
         return [*((x, o | c) for x, o in CALLS for c in CHOICES), *WITH_GIVEN]
     if family == "dense":
-        return [(x, o | {"return_lse": True}) for x, o in CALLS]
+        calls = [*CALLS, (TILES, LENGTHY), (TILES, {"is_causal": True})]
+        return [(x, o | {"return_lse": True}) for x, o in calls]
     if family == "delta":
         found = [((Q, x, V), o) for o in DELTA for x in (K / 4, with_last(K / 4, np.nan))]
         nine = np.concatenate([Q, Q[..., :3, :]], axis=-2)
         return [*found, ((nine, K / 4, V), {"beta": BETA, "segment_ids": np.arange(9) % 2})]
     scaled = [(Q, K, V), (Q, 40 * K, V), (Q, 0.01 * K, with_last(V, np.nan))]
     half = tuple(x.astype(np.float16) for x in LONG)
-    return [(x, o | {"return_state": True}) for o in LINEAR for x in scaled] + [(half, {})]
+    found = [(x, o | {"return_state": True}) for o in LINEAR for x in scaled]
+    return [*found, (half, {}), (TILES, {"is_causal": True})]
 
 
 def results(function: Any, arrays: tuple[Array, ...], options: dict[str, Any]) -> list[Array]:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from hypothesis import strategies as st
 
 from arrattn import reference
+from arrattn.testing import long
 from arrattn.testing.case import Case
 from arrattn.testing.laws.given import SEES, calls
 from arrattn.testing.laws.registry import SOFTMAX, law
 from arrattn.testing.run import Run
-from arrattn.testing.subject import Subject
 from arrattn.testing.tolerance import eps, largest
 
 Host = np.ndarray[Any, Any]
@@ -84,24 +83,12 @@ def equals_half(run: Run, case: Case) -> None:
     agrees(run, case)
 
 
-@st.composite
-def long_cases(draw: st.DrawFn, subject: Subject) -> Case:
-    """Lengths around those of tiles, chunks and blocks."""
-    lengths = st.sampled_from((127, 129, 65, 257, 31))
-    nk = draw(lengths)
-    nq = draw(lengths) if subject.can("cross") else nk
-    lead = (1, 1)
-    shape = ((*lead, nq, 2), (*lead, nk, 2), (*lead, nk, 2))
-    sees = ("is_causal", "window", "kv_lengths", "segment_ids")
-    return draw(calls(subject, sees=sees, shape=shape, kinds=("plain",)))
-
-
 @law(
     "equals-the-equation-at-odd-lengths",
-    "so it is with lengths around those of tiles and chunks, which divide nothing",
+    "so it is over several tiles, chunks and blocks, with lengths and edges around theirs",
     source="C2, C10: tile and chunk sizes never change meaning",
-    given=long_cases,
-    most=12,
+    given=lambda s: calls(s, of=long.cases),
+    most=200,
 )
 def equals_long(run: Run, case: Case) -> None:
     agrees(run, case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,13 @@ KEYED = ("mask", "key_mask", "segment_ids")
 SCALING = ("scale", "softcap")
 
 
-def calls(subject: Subject, *, avoid: tuple[str, ...] = (), **how: Any) -> st.SearchStrategy[Case]:
+def calls(
+    subject: Subject,
+    *,
+    avoid: tuple[str, ...] = (),
+    of: Callable[..., st.SearchStrategy[Case]] = strategies.cases,
+    **how: Any,
+) -> st.SearchStrategy[Case]:
     """Calls of the subject's family that it can take, `avoid` left out of them."""
     how = {"dtypes": subject.wide, "top_left": "alignment" in subject.choices, **how}
     if subject.family == "linear":  # kernels of long vectors underflow, and so do those of 0
@@ -37,7 +44,7 @@ def calls(subject: Subject, *, avoid: tuple[str, ...] = (), **how: Any) -> st.Se
     if "scale sign" in subject.choices:
         avoid = (*avoid, "any scale")
     how["few"] = subject.takes_time
-    return strategies.cases(subject.family, without={*subject.lacks, *avoid}, **how)
+    return of(subject.family, without={*subject.lacks, *avoid}, **how)
 
 
 def means(subject: Subject, **how: Any) -> st.SearchStrategy[Case]:
