@@ -382,6 +382,23 @@ def test_a_plain_call_with_values_that_do_not_fit(value: float, spoil: int, caus
     np.testing.assert_array_equal(got, tiles)
 
 
+def test_numbers_whose_squares_overflow_are_no_scores_that_do() -> None:
+    q, k, v = (randn(1, 2, 7, 4, seed=i) for i in range(3))
+    got = native.at_once(q * 2.0**-600, k * 2.0**600, v * 2.0**600, False)
+    assert got is not None
+    close((got * 2.0**-600).numpy(), attention(q, k, v).numpy(), within=1e-14)
+
+
+@pytest.mark.parametrize("cut", [slice(0, 6), slice(1, 7)])
+def test_numbers_that_do_not_lie_in_one_piece(cut: slice) -> None:
+    q, k, v = (randn(1, 2, 7, 4, seed=i)[..., cut, :] for i in range(3))
+    got = native.at_once(q, k, v, False)
+    assert got is not None
+    np.testing.assert_array_equal(got.numpy(), attention(q, k, v, engine="native").numpy())
+    v[..., 3, 1] = torch.nan
+    assert native.at_once(q, k, v, False) is None
+
+
 X = randn(1, 2, 6, 4)
 OTHERS: dict[str, tuple[Any, ...]] = {
     "scores that may overflow": (X * 1e154, X * 1e154, X, False),

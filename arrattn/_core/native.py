@@ -185,12 +185,27 @@ def _unfit_values(call: SoftmaxInputs, sight: Sight) -> list[str]:
 def _unfit_sizes(q: Array, k: Array, v: Array, scale: float, acc: Any) -> Iterator[str]:
     import torch
 
-    width = q.shape[-1]
+    most, width = torch.finfo(acc).max, q.shape[-1]
+    length_q, length_k, length_v = map(_length, (q, k, v))
+    if length_q * length_k * max(1.0, abs(scale)) <= most and math.isfinite(length_v):
+        return
     largest_q, largest_k, largest_v = map(_size, (q, k, v))
     if not math.isfinite(largest_q + largest_k + largest_v):
         yield "q, k or v holds a value that is not finite"
-    elif largest_q * largest_k * width * max(1.0, abs(scale)) > torch.finfo(acc).max:
+    elif largest_q * largest_k * width * max(1.0, abs(scale)) > most:
         yield "a score may overflow"
+
+
+def _length(x: Array) -> float:
+    """
+    The root of the sum of all squares, which is quick; infinite or NaN where that says nothing.
+    """
+    import torch
+
+    if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
+        return math.inf
+    flat = x.detach().view(-1)
+    return math.sqrt(float(torch.dot(flat, flat)))
 
 
 def _size(x: Array) -> float:
