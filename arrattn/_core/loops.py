@@ -2,8 +2,8 @@
 Where array libraries differ: loops, and what the standard lacks.
 
 Each function here is small, says why it exists, and has the standard's way as its
-fallback. No other module of the core names an array library; what NumPy alone needs stands
-in `workspace` and `threads`.
+fallback. Beside it only `native` and `staging` name an array library; what NumPy alone needs
+stands in `workspace` and `threads`.
 """
 
 from __future__ import annotations
